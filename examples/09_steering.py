@@ -103,9 +103,8 @@ print(sweep.samples(), "\n")
 # sentences have in common along the direction is removed as well, so the odds may move in either direction.
 
 # %%
-without = measure_direction_ablation(
-    model, asked, directions.at(layer), metric, neutral=neutral, group=about[report], controls=sizes["controls"]
-)
+pairs = hl.PromptPairs(asked, None, metric, group=about[report])
+without = measure_direction_ablation(model, pairs, directions.at(layer), neutral=neutral, controls=sizes["controls"])
 print(without.table(), "\n")
 
 # %% [markdown]

@@ -189,12 +189,13 @@ class MinusKL(AtPosition):
 
 @dataclass(frozen=True, eq=False)
 class MinusLoss(AtPosition):
-    """Minus the mean next-token cross-entropy over each prompt, in nats per token.
+    """Minus the mean next-token cross-entropy over each prompt, in nats per token, predicted from `start` on.
 
     `pos` is the position of each prompt's last token; everything after it is padding.
     """
 
     tokens: Int[Tensor, "pair pos"]
+    start: int = 0
 
     def __call__(self, logits: Float[Tensor, "pair pos d_vocab"]) -> Values:
         """One value per pair, from full logits; if the logits have an attention mask, padding is left out."""
@@ -220,19 +221,15 @@ class MinusLoss(AtPosition):
     def reads(self) -> Reads:
         n = self._predicted()[:, None]
         # a prompt shorter than the longest has its last prediction repeated, which `on_read` does not count
-        at = torch.arange(self._first(), int(n.max()), device=n.device)
+        at = torch.arange(self.start, int(n.max()), device=n.device)
         return Reads(torch.minimum(at.expand(len(n), -1), n - 1), None)
 
     def on_read(self, logits: Read) -> Values:
-        first = self._first()
-        targets = self.tokens[:, first + 1 : first + 1 + logits.shape[1]].to(logits.device)
+        targets = self.tokens[:, self.start + 1 :][:, : logits.shape[1]].to(logits.device)
         log_probs = widened(logits).log_softmax(-1).gather(2, targets[..., None])[..., 0]
-        n = (self._predicted() - first).to(logits.device)
+        n = (self._predicted() - self.start).to(logits.device)
         counted = torch.arange(logits.shape[1], device=logits.device) < n[:, None]
         return log_probs.masked_fill(~counted, 0.0).sum(1) / n
-
-    def _first(self) -> int:
-        return 0
 
 
 def logit_diff(model: HookedTransformer, *, answer: Answers, wrong_answer: Answers, pos: Positions = -1) -> LogitDiff:

@@ -48,12 +48,7 @@ class Repeated:
 
 @dataclass(frozen=True, eq=False)
 class MinusRepeatLoss(MinusLoss):
-    """Minus the mean next-token cross-entropy from position `start` on, in nats a token."""
-
-    start: int = 0
-
-    def _first(self) -> int:
-        return self.start
+    """Minus the mean next-token cross-entropy where the next token is a repeat, in nats a token."""
 
 
 def repeated_tokens(

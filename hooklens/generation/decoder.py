@@ -316,7 +316,7 @@ class _Layer:
         )
 
 
-def _state(weights: list[Tensor]) -> list[tuple[int, int]]:
+def _state(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
     """What changes if a weight is edited or given other data."""
     return [(weight._version, weight.data_ptr()) for weight in weights]
 

@@ -1,10 +1,9 @@
 """Run a sweep: only the rows that can change, only the layers above, many patches in one matrix."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from hooklens.results.account import RunAccount
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import drops_out, not_finite, why_plain
 from hooklens.sweeps.protocol import Item, Patches, Sweep
-from hooklens.sweeps.resume import UNKEPT, Kept, Progressed, Resume, key_of, products_of, sketch_of
+from hooklens.sweeps.resume import Part, Progressed, Resume, key_of, products_of, sketch_of
 from hooklens.sweeps.settings import current
 from hooklens.sweeps.verification import verify
 
@@ -36,28 +35,58 @@ def execute(
     patches: Sweep,
     metric: Any,
     *,
-    resume: str | Path | Resume | None = None,
+    file: Resume | None = None,
     other: Float[Tensor, "pair pos d_model"] | None = None,
 ) -> Outcome:
     """The metric of every patch, equal to that of one hooked forward pass per patch.
 
     `other` is the stream that leaves the last block of another run, whose metric is wanted beside the base run's.
     """
-    file = None if resume is None else Resume.of(resume)
     with products_of(file):
         reason = why_plain(patches.model, steps=patches.steps)
-        # before the metric is called for the first time, which may change what it refers to
-        key = "" if file is None else key_of(patches.model, patches.asked(), metric, file)
-        reader = Reader(patches.model, metric, patches.stream, whole=reason is not None)
-        values = reader.base.repeat(len(patches), 1)
-        kept = None
-        if file is not None:
-            sketch = sketch_of(reader.base, patches.sketch())
-            kept = Progressed(file.path, key, sketch, values, kernel_of(patches.model))
-        outcome = run(patches, reader, values, kept=kept, reason=reason)
+        (reader,), values, kept = begun([patches], [metric], file, whole=reason is not None)
+        outcome = run(patches, reader, values, kept=Part(kept), reason=reason)
         if other is None:
             return outcome
         return replace(outcome, other=Reader(patches.model, metric, other, whole=reader.whole).base)
+
+
+def begun(
+    sweeps: Sequence[Sweep], metrics: Sequence[Any], file: Resume | None, *, whole: bool
+) -> tuple[list[Reader], Float[Tensor, "patch pair"], Progressed | None]:
+    """The readers of sweeps of as many patches, their values side by side as far as they are known, and their file."""
+    model, asked = sweeps[0].model, [sweep.asked() for sweep in sweeps]
+    key = ""
+    if file is not None:  # before the metric is called for the first time, which may change what it refers to
+        parts = {name: part for _, parts in asked for name, part in parts.items()}
+        metric = metrics[0] if len(metrics) == 1 else tuple(metrics)
+        key = key_of(model, ([grid for grid, _ in asked], parts), metric, file)
+    readers = [Reader(model, metric, sweep.stream, whole=whole) for sweep, metric in zip(sweeps, metrics, strict=True)]
+    base = torch.cat([reader.base for reader in readers])
+    values = base.repeat(len(sweeps[0]), 1)
+    if file is None:
+        return readers, values, None
+    sketch = sketch_of(base, [part for sweep in sweeps for part in sweep.sketch()])
+    return readers, values, Progressed(file.path, key, sketch, values, kernel_of(model))
+
+
+def run_parts(
+    parts: Iterable[tuple[Patches, Reader]],
+    values: Float[Tensor, "patch pair"],
+    *,
+    kept: Progressed | None,
+    reason: str | None = None,
+    advance: Advance,
+) -> list[Outcome]:
+    """Run sweeps of some pairs each, whose values stand side by side; the bar counts patches of single pairs."""
+    outcomes, first = [], 0
+    for patches, reader in parts:
+        pairs = slice(first, first + reader.n_pairs)
+        part = Part(kept, pairs)
+        values[[*{*range(len(patches))} - part.finished()], pairs] = reader.base
+        outcomes.append(run(patches, reader, values[:, pairs], kept=part, reason=reason, advance=advance))
+        first = pairs.stop
+    return outcomes
 
 
 def run(
@@ -65,15 +94,14 @@ def run(
     reader: Reader,
     values: Float[Tensor, "patch pair"],
     *,
-    kept: Kept | None = None,
+    kept: Part,
     reason: str | None = None,
     advance: Advance | None = None,
 ) -> Outcome:
     """Fill in the values, which begin as the base run's, and check them; `reason` says why the plain loop must do it.
 
-    `advance` moves a bar that is there already.
+    `advance` moves a bar that is there already, by one for each patch of one pair.
     """
-    kept = UNKEPT if kept is None else kept
     if current().plain:
         reason = reason or "asked for"
     if reason is None:
@@ -108,7 +136,7 @@ def _run_bins(
     *,
     items: list[Item],
     values: Tensor,
-    kept: Kept,
+    kept: Part,
     plain: bool,
     advance: Advance | None,
 ) -> None:
@@ -122,8 +150,9 @@ def _run_bins(
     if advance is None:
         bar: Any = progress(patches.title, n_todo, unit=patches.unit)
     else:  # a bar that is there already moves on by those that need no run
-        advance(len(patches) - n_todo)
-        bar = nullcontext(advance)
+        n_pairs, moved = values.shape[1], advance
+        moved((len(patches) - n_todo) * n_pairs)
+        bar = nullcontext(lambda amount=1: moved(amount * n_pairs))
     with bar as move:
         for some in bins:
             numbers = {item.patch for item in some}

@@ -7,13 +7,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooklens.core.cache import ActivationCache
 from hooklens.core.hooks import HookFn
 from hooklens.core.names import Where
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import first_nonfinite
 from hooklens.sweeps.nodes import Sender
 from hooklens.sweeps.path_rows import is_late, stage_of, walk_paths
-from hooklens.sweeps.paths import EDGES, FIXED, FIXED_FROZEN, PathPlan, point_of, sent, writing
+from hooklens.sweeps.paths import EDGES, FIXED, FIXED_FROZEN, PathPlan, point_of, turn, writing
 from hooklens.sweeps.protocol import Item, Sweep
 
 
@@ -104,19 +105,22 @@ def _patching(plan: PathPlan, sender: Sender) -> list[tuple[Where, HookFn]]:
     """One sender's patch as hooks on the run that is patched."""
     if plan.semantics == EDGES:
         return _adding(plan, sender)
+    points = {place: point_of(plan.model, *place) for place in plan.reading}
+    seen = _seen(plan, sender, [*points.values()])
     hooks: list[tuple[Where, HookFn]] = []
-    for (kind, layer), value in _recorded(plan, sender).items():
+    for (kind, layer), point in points.items():
         heads = plan.heads_at(kind, layer) or None
-        value = value if heads is None else value[:, :, heads]
-        hooks.append((point_of(plan.model, kind, layer), writing(value, plan.where(kind, layer), heads)))
+        value = seen[point] if heads is None else seen[point][:, :, heads]
+        hooks.append((point, writing(value, plan.where(kind, layer), heads)))
     return hooks
 
 
 def _adding(plan: PathPlan, sender: Sender) -> list[tuple[Where, HookFn]]:
     """Each receiver that comes after the sender gets its new value in what it reads, and nothing else does."""
-    n_pair, n_pos = plan.tokens.shape
-    every = torch.arange(n_pair * n_pos, device=plan.tokens.device)
-    change = sent(plan, sender, every // n_pos, every % n_pos).view(n_pair, n_pos, -1)
+    # The change of what the forward pass adds to the stream, not what the block says of how a sender reaches it.
+    point, old = plan.base.written(sender)
+    change = (_seen(plan, sender, [point])[point] - old) * plan.here(sender)[..., None]
+    change = change if sender.turned is None else turn(change, sender.turned)
     hooks: list[tuple[Where, HookFn]] = []
     receivers = {(receiver.kind, receiver.layer): receiver for receiver in plan.receivers}
     for kind, layer in plan.reading:
@@ -140,11 +144,9 @@ def _adding_to(change: Tensor, where: Tensor | None, heads: list[int] | None) ->
     return add
 
 
-def _recorded(plan: PathPlan, sender: Sender) -> dict[tuple[str, int], Tensor]:
-    """What the receivers read when the sender takes its new value and the other heads keep theirs."""
-    model, here = plan.model, plan.here(sender)[..., None]
-    points = {place: point_of(model, *place) for place in plan.reading}
-    value = torch.where(here, plan.new.of(sender), plan.base.of(sender))
+def _seen(plan: PathPlan, sender: Sender, points: Sequence[tuple[str, int]]) -> ActivationCache:
+    """Activations of the forward pass in which the sender takes its new value and the other heads keep theirs."""
+    value = torch.where(plan.here(sender)[..., None], plan.new.of(sender), plan.base.of(sender))
     values = {("z", layer): z for layer, z in plan.base.z.items()}
     if plan.semantics == FIXED_FROZEN:
         values |= {("mlp_out", layer): out for layer, out in plan.base.mlp_out.items()}
@@ -152,8 +154,6 @@ def _recorded(plan: PathPlan, sender: Sender) -> dict[tuple[str, int], Tensor]:
         values["z", sender.layer] = values["z", sender.layer].clone()
         values["z", sender.layer][:, :, sender.head] = value
     else:
-        values["resid_pre" if sender.kind == "embed" else "mlp_out", max(sender.layer, 0)] = value
-    with model.hooks([(point, writing(value, None, None)) for point, value in values.items()]):
-        stop = 1 + max(layer for _, layer in points.values())
-        _, seen = model.run_with_cache(plan.tokens, list(points.values()), stop_at_layer=stop)
-    return {place: seen[point] for place, point in points.items()}
+        values[plan.base.written(sender)[0]] = value
+    with plan.model.hooks([(point, writing(new, None, None)) for point, new in values.items()]):
+        return plan.model.run_with_cache(plan.tokens, points, stop_at_layer=1 + max(layer for _, layer in points))[1]

@@ -45,6 +45,13 @@ class PathRun:
             return self.streams[0]
         return self.mlp_out[sender.layer] if sender.kind == "mlp" else self.z[sender.layer][:, :, sender.head]
 
+    def written(self, sender: Sender) -> tuple[tuple[str, int], Float[Tensor, "pair pos d_model"]]:
+        """The point at which the sender has reached the stream, and what is there."""
+        if sender.kind == "embed":
+            return ("resid_pre", 0), self.streams[0]
+        name, acts = ("mlp_out", self.mlp_out) if sender.kind == "mlp" else ("attn_out", self.attn_out)
+        return (name, sender.layer), acts[sender.layer]
+
 
 @dataclass(frozen=True, eq=False)
 class PathPlan:
@@ -209,7 +216,7 @@ def sent(
         change = heads_write(plan, sender.layer, pair=pair, pos=pos, old=old, new=new, heads=[sender.head])
     if sender.pos is not None:
         change = change * plan.here(sender)[pair, pos, None]
-    return change if sender.turned is None else _turn(change, sender.turned)
+    return change if sender.turned is None else turn(change, sender.turned)
 
 
 def heads_write(
@@ -227,12 +234,12 @@ def heads_write(
     return block.attn_adds(raw + change) - plan.base.attn_out[layer][pair, pos]
 
 
-def _turn(change: Float[Tensor, "cell d_model"], seed: int) -> Float[Tensor, "cell d_model"]:
+def turn(change: Float[Tensor, "*cell d_model"], seed: int) -> Float[Tensor, "*cell d_model"]:
     """The same lengths and angles in other directions: coordinates shuffled, signs drawn."""
     generator = seeded(seed)
     order = torch.randperm(change.shape[-1], generator=generator)
     signs = torch.randint(2, (change.shape[-1],), generator=generator) * 2 - 1
-    return change[:, order.to(change.device)] * signs.to(change)
+    return change[..., order.to(change.device)] * signs.to(change)
 
 
 def receiver_heads(linear, normed: Float[Tensor, "*cell d_model"], heads: list[int], d_head: int) -> Tensor:

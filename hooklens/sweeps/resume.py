@@ -38,10 +38,11 @@ class Resume:
     key: str | None = None
 
     @classmethod
-    def of(cls, asked: "str | Path | Resume") -> "Resume":
-        """A path alone asks for the hashes."""
-        resume = asked if isinstance(asked, Resume) else cls(asked)
-        path_of(resume.path, "resume")
+    def of(cls, asked: "str | Path | Resume | None") -> "Resume | None":
+        """The file that `resume=` asks for; a path alone asks for the hashes."""
+        resume = cls(asked) if isinstance(asked, str | Path) else asked
+        if resume is not None:
+            path_of(getattr(resume, "path", resume), "resume")
         return resume
 
     def products(self) -> AbstractContextManager[Any]:
@@ -62,26 +63,8 @@ class Resume:
         return pinned(kernel)
 
 
-class Kept:
-    """The finished patches of a sweep; this base class keeps none, for a sweep without a file."""
-
-    path: Path | None = None
-
-    def finished(self) -> set[int]:
-        """The patches that are done."""
-        return set()
-
-    def save(self, finished: Iterable[int]) -> None:
-        """A bin is complete."""
-
-
-UNKEPT = Kept()
-
-
-class Progressed(Kept):
+class Progressed:
     """The values computed so far, and the file that keeps them."""
-
-    path: Path
 
     def __init__(self, path: str | Path, key: str, sketch: Float[Tensor, "number"], values: Tensor, kernel: str):
         self.path, self.key, self.sketch, self.values, self.kernel = Path(path), key, sketch, values, kernel
@@ -118,17 +101,20 @@ class Progressed(Kept):
         write_envelope(self.path, _SCHEMA, {"key": self.key, "kernel": self.kernel}, tensors)
 
 
-class Part(Kept):
-    """What a file keeps of some pairs."""
+class Part:
+    """What a file keeps of some pairs; nothing where there is no file."""
 
-    def __init__(self, whole: Progressed, pairs: slice):
-        self.whole, self.pairs, self.path = whole, pairs, whole.path
+    def __init__(self, whole: Progressed | None = None, pairs: slice = slice(None)):
+        self.whole, self.pairs, self.path = whole, pairs, None if whole is None else whole.path
 
     def finished(self) -> set[int]:
-        return self.whole.finished(self.pairs)
+        """The patches that are done."""
+        return set() if self.whole is None else self.whole.finished(self.pairs)
 
     def save(self, finished: Iterable[int]) -> None:
-        self.whole.save(finished, self.pairs)
+        """A bin is complete."""
+        if self.whole is not None:
+            self.whole.save(finished, self.pairs)
 
 
 def key_of(model: HookedTransformer, asked: tuple[Any, Mapping[str, Any]], metric: Any, resume: Resume) -> str:
@@ -183,10 +169,14 @@ def products_of(file: Resume | None) -> Iterator[None]:
 
 
 @contextmanager
-def hint(asked: object, call: str) -> Iterator[None]:
-    """Tell somebody who interrupts a sweep how not to lose it."""
+def resuming(asked: str | Path | Resume | None, call: str, n_lengths: int = 1) -> Iterator[Resume | None]:
+    """The same with the file that a method was asked for, and a note on an interrupt where it was asked for none."""
+    file = Resume.of(asked)
+    if file is not None and n_lengths > 1:
+        raise InputError("resume= needs prompts of one length; patch each length on its own")
     try:
-        yield
+        with products_of(file):
+            yield file
     except KeyboardInterrupt as interrupt:
         if asked is None:
             interrupt.add_note(f"{call}(..., resume=path) keeps what is finished in a file, and goes on from there")

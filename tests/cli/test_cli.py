@@ -189,8 +189,8 @@ def test_an_interrupted_patch_goes_on_where_it_stopped(model_path, tmp_path, mon
     arguments, saves = patch_arguments(model_path, tmp_path / "a.html", "--site", "resid_pre"), []
     save = Progressed.save
 
-    def save_and_stop(self, finished):
-        save(self, finished)
+    def save_and_stop(self, *finished):
+        save(self, *finished)
         saves.append(finished)
         raise KeyboardInterrupt
 

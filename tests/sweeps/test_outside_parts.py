@@ -73,6 +73,20 @@ class HalfSandwichBlock(Block):
         return Passage(self.behind if part == "attn" else None, factor=self.share)
 
 
+@dataclass(frozen=True)
+class Misstated(BlockPart):
+    name = "misstated"
+
+
+class MisstatedBlock(Block):
+    """Half of what attention writes reaches the stream, and `writes_through` says all of it."""
+
+    part = Misstated
+
+    def attn_adds(self, raw: Tensor) -> Tensor:
+        return raw / 2
+
+
 def outside(block="mlp_first", **changes):
     return zoo_model("gpt2", dtype=torch.float64, block=block, d_mlp=5, **changes)
 
@@ -201,6 +215,20 @@ def test_paths_into_and_out_of_a_block_kind_from_outside(block):
     reaches = path_patch(model, CLEAN, CORRUPTED, metric, receivers=[("q", 1), ("mlp", 1)], senders=["MLP1", "L1H0"])
     assert reaches.reaches.tolist() == ([True, False] if block == "mlp_first" else [False, True])
     assert sweep.how.startswith("plain loop: blocks of this kind" if block == "mlp_first" else "engine")
+
+
+@pytest.mark.parametrize("receivers", [["final"], [("q", 1), ("mlp", 0)]])
+def test_paths_out_of_a_block_that_misstates_what_it_writes_passed_the_check(receivers):
+    """The plain runs asked `writes_through` as well, so that both ways were wrong alike."""
+    model = outside("misstated")
+    with pytest.raises(CheckFailed, match=r"patch of L0H\d differs by .*block kind 'misstated' \(its `writes_through`"):
+        path_patch(model, CLEAN, CORRUPTED, metric_of(model), receivers=receivers, senders=["L0H0", "L0H1"])
+    with hl.engine(plain=True):
+        plain = path_patch(model, CLEAN, CORRUPTED, metric_of(model), receivers=receivers, senders=["L0H0", "MLP0"])
+    ends = [("final",)] if receivers == ["final"] else [("q", 1, 0), ("q", 1, 1), ("mlp_in", 0)]
+    for name, values in zip(plain.senders, plain.per_pair.unbind(1), strict=True):
+        expected = reference(model, CORRUPTED, CLEAN, metric_of(model), "edges", SENDERS[name], ends)
+        torch.testing.assert_close(values, expected, atol=1e-9, rtol=1e-9)
 
 
 def test_edges_of_a_block_kind_from_outside_are_run_or_refused_with_the_one_error():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType
 from hooklens.core.fingerprint import identity
-from hooklens.core.progress_bar import Advance, progress
+from hooklens.core.progress_bar import progress
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Pairs, Prompts, read_aligned
 from hooklens.metrics import ReadingMetric
@@ -24,10 +24,10 @@ from hooklens.plugins.circuits.runner import EdgePatches, EdgeRunner, Kept, in_p
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.results.account import RunAccount
 from hooklens.results.result import Result, Table
-from hooklens.sweeps.execution import run
+from hooklens.sweeps.execution import run_parts
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.replacement import Replacement, Value, as_replacement, is_run
-from hooklens.sweeps.resume import Part, Progressed, Resume, hint, key_of, products_of, sketch_of
+from hooklens.sweeps.resume import Progressed, Resume, key_of, products_of, resuming, sketch_of
 from hooklens.sweeps.settings import current, engine
 
 OneOrMore = Bool[Tensor, "*mask edge"] | Float[Tensor, "*mask edge"]
@@ -87,8 +87,8 @@ def run_edges(
     "Localizing Model Behavior with Path Patching", section 2.
     """
     kept = checked_shares(circuit_graph(model), kept)  # before the model runs
-    with hint(resume, "run_edges"):
-        return Bench(model, as_pairs(model, clean, corrupted, metric), value, resume=resume).run(kept)
+    with resuming(resume, "run_edges") as file:
+        return Bench(model, as_pairs(model, clean, corrupted, metric), value, resume=file).run(kept)
 
 
 class Bench:
@@ -115,7 +115,7 @@ class Bench:
         self.groups = aligned_pairs(model, self.pairs, self.replacement)
         order = torch.tensor([i for group in self.groups for i in group.index])
         self.order = order.argsort().to(model.device)
-        self.file, self.checked = None if resume is None else Resume.of(resume), False
+        self.file, self.checked = Resume.of(resume), False
         if self.file is not None:  # before the metric is called for the first time, which may change what it refers to
             asked = "circuits", [(group.index, group.clean, group.corrupted) for group in self.groups]
             self.key = key_of(model, (asked, {"the value to write": self.replacement}), self.metric, self.file)
@@ -154,17 +154,9 @@ class Bench:
         checks = engine(verify=0) if self.checked else nullcontext()  # one question of a bench is run both ways
         with products_of(self.file), bar as advance, checks:
             file = None if self.file is None else self._progressed(masks, values)
-            outcomes, first = [], 0
-            for runner in self._runners(played):
-                pairs = slice(first, first + runner.n_pairs)
-                part = None if file is None else Part(file, pairs)
-                new = torch.ones(len(masks), dtype=torch.bool)
-                new[list(part.finished() if part else ())] = False
-                values[new, pairs] = runner.reader.base
-                circuits = EdgePatches(runner, played, masks, at_once)
-                move = _times(advance, runner.n_pairs)
-                outcomes.append(run(circuits, runner.reader, values[:, pairs], kept=part, advance=move))
-                first = pairs.stop
+            runners = self._runners(played)
+            parts = ((EdgePatches(runner, played, masks, at_once), runner.reader) for runner in runners)
+            outcomes = run_parts(parts, values, kept=file, advance=advance)
         self.checked, self.empty_per_pair = True, torch.cat([outcome.base for outcome in outcomes])[self.order]
         return EdgeRuns(
             per_pair=values[:, self.order],
@@ -255,11 +247,6 @@ def aligned_pairs(model: HookedTransformer, pairs: PromptPairs, replacement: Rep
     groups = read_aligned(model, pairs.clean, pairs.clean if pairs.corrupted is None else pairs.corrupted)
     check_metric(pairs.metric, groups)
     return groups
-
-
-def _times(advance: Advance, n: int) -> Advance:
-    """Moves the bar n times as far: it counts runs of single pairs."""
-    return lambda amount=1: advance(amount * n)
 
 
 def chunks(n: int, at_once: int) -> Iterator[slice]:

@@ -3,33 +3,30 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.cache import ActivationCache
 from hooklens.core.component import head_name
-from hooklens.core.errors import InputError
 from hooklens.core.hooks import HookFn
 from hooklens.core.names import Where
-from hooklens.core.progress_bar import progress
 from hooklens.data.prompts import Pairs, Prompts
 from hooklens.data.repeated import repeated_tokens
 from hooklens.metrics import need_metric
-from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.head_ranking import Head, head_table, in_order
 from hooklens.plugins.heads.which import Heads, captured, check_model, one_length
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
-from hooklens.sweeps.many_edits import Edits, Hooks, Index, by_edit
-from hooklens.sweeps.measure import Reader
-from hooklens.sweeps.naive import not_finite
+from hooklens.sweeps.many_edits import Edits, Hooks, Index, run_edits
 from hooklens.sweeps.nodes import read_heads
 from hooklens.sweeps.planning import points_of
 from hooklens.sweeps.replacement import Mean, Value, activations_of, are_tokens, as_replacement, targets_of
+from hooklens.sweeps.resume import Resume, resuming
 
 ROADS = ("total", "direct", "through MLPs", "through heads", "interaction")
 
@@ -103,12 +100,13 @@ def measure_mediation(
     heads: Heads,
     *,
     value: Value = "mean over positions",
+    resume: str | Path | Resume | None = None,
 ) -> Mediation:
     """How much of a head's effect on the metric is direct, through later MLPs, or through later heads?
 
     `value` is what is written in place of the head's z, as in `hl.ablate`: its mean over all positions of the prompts,
     or `hl.Mean(reference=prompts)` by position. A head's own block counts as later where its MLP reads what attention
-    wrote.
+    wrote. `resume` names a file that keeps finished runs, as in `hl.patch`.
 
     >>> from hooklens.testing import induction_model
     >>> model = induction_model(); text = repeated_tokens(model, 4)
@@ -122,15 +120,17 @@ def measure_mediation(
     need_metric(metric)
     model.blocks[0].need_sum("a head's direct path to the logits")
     tokens, chosen = one_length(model, tokens), read_heads(model, heads)
-    with torch.no_grad(), packed_linears(rows=1024):
-        stream, cache = captured(model, tokens, _there(model, ["z", "attn_out", "mlp_out"]))
-        base, written = base_of(model, metric, stream), written_z(model, tokens, cache, value)
+    with resuming(resume, "measure_mediation") as file:
+        _, cache = captured(model, tokens, _there(model, ["z", "attn_out", "mlp_out"]))
+        written = written_z(model, tokens, cache, value)
         runs = [
             partial(_hooks, cache=cache, written=written, at=at, frozen=_there(model, frozen))
             for at in chosen
             for frozen in ((), ("attn_out", "mlp_out"), ("attn_out",), ("mlp_out",))
         ]
-        falls = base - values_without(model, tokens, metric, runs, heads=chosen, what="following roads")
+        edits = ablations("mediation", runs, chosen, value=value, written=written)
+        (outcome,) = run_edits(model, [(edits, tokens, metric)], title="following roads", resume=file)
+    falls = outcome.base - outcome.values
     total, direct, mlps, later = falls.view(len(chosen), 4, -1).permute(1, 2, 0)
     return Mediation(
         heads=[head_name(layer, head) for layer, head in chosen],
@@ -138,30 +138,20 @@ def measure_mediation(
         direct=direct,
         mlps=mlps - direct,
         later_heads=later - direct,
-        base_per_sequence=base,
+        base_per_sequence=outcome.base,
     )
 
 
-def base_of(model: HookedTransformer, metric: Any, stream: Tensor) -> Float[Tensor, "sequence"]:
-    """The metric of the unedited run, from the stream that leaves its last block."""
-    base = Reader(model, metric, stream).base
-    if (seen := not_finite(base)) is not None:
-        raise InputError(f"the metric is {seen} on the unedited prompts, so that it has no differences to measure")
-    return base
+def ablations(
+    what: str, runs: Sequence[Callable[[Index], Hooks]], heads: Sequence[Head], value: Value, written: dict[str, Tensor]
+) -> Edits:
+    """Runs in which some of these heads' z are exchanged for what is written."""
 
+    def hooks(index: Index) -> Hooks:
+        return [hook for number in index.unique().tolist() for hook in runs[number]((index == number).nonzero()[:, 0])]
 
-def values_without(
-    model: HookedTransformer,
-    tokens: Int[Tensor, "sequence pos"],
-    metric: Any,
-    runs: Sequence[Callable[[Index], Hooks]],
-    heads: Sequence[Head],
-    what: str,
-) -> Float[Tensor, "run sequence"]:
-    """The metric in every run; no run edits anything below the lowest of these heads."""
-    edits = Edits(len(runs), lambda index: by_edit(index, runs), min(layer for layer, _ in heads))
-    with progress(what, len(runs) * len(tokens), unit="prompts") as advance:
-        return edits.values(model, tokens, metric, advance)
+    asked = (what, heads), {"the value to write": as_replacement(value)}
+    return Edits(len(runs), hooks, min(layer for layer, _ in heads), asked=asked, sketch=list(written.values()))
 
 
 def written_z(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,17 +16,17 @@ from hooklens.core.errors import InputError
 from hooklens.data.prompts import Prompts
 from hooklens.data.repeated import repeated_tokens
 from hooklens.metrics import need_metric
-from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.head_ranking import Head, head_table
-from hooklens.plugins.heads.mediation import base_of, values_without, without, written_z
+from hooklens.plugins.heads.mediation import ablations, without, written_z
 from hooklens.plugins.heads.which import Heads, captured, check_model, one_length
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
-from hooklens.sweeps.many_edits import Hooks, Index
+from hooklens.sweeps.many_edits import Hooks, Index, run_edits
 from hooklens.sweeps.nodes import read_heads
 from hooklens.sweeps.replacement import Mean, Value
+from hooklens.sweeps.resume import Resume, resuming
 
 Square = Float[Tensor, "chosen chosen"]
 _SHUFFLES = 20
@@ -93,11 +94,13 @@ def measure_redundancy(
     *,
     value: Value = "mean over positions",
     seed: int = 0,
+    resume: str | Path | Resume | None = None,
 ) -> Redundancy:
     """Which of these heads are redundant, and which complementary? Every head and every pair is ablated, exactly.
 
     `value` is what is written in place of an ablated head's z, as in `hl.ablate`: its mean over all positions of the
     prompts, or `hl.Mean(reference=prompts)` by position. Choose the heads on other sequences than those given here.
+    `resume` names a file that keeps finished runs, as in `hl.patch`.
 
     >>> from hooklens.testing import or_gate
     >>> gate = or_gate()                              # two heads; either one is enough
@@ -118,11 +121,13 @@ def measure_redundancy(
     n = len(chosen)
     first, second = torch.triu_indices(n, n)
     pairs = [{chosen[i], chosen[j]} for i, j in zip(first.tolist(), second.tolist(), strict=True)]
-    with torch.no_grad(), packed_linears(rows=1024):
-        stream, cache = captured(model, tokens, "z")
-        base, new = base_of(model, metric, stream), written_z(model, tokens, cache, value)
+    with resuming(resume, "measure_redundancy") as file:
+        _, cache = captured(model, tokens, "z")
+        new = written_z(model, tokens, cache, value)
         runs = [partial(_without, new=new, heads=pair) for pair in pairs]
-        fall = base - values_without(model, tokens, metric, runs, heads=chosen, what="ablating pairs")
+        edits = ablations("pairs", runs, chosen, value=value, written=new)
+        (outcome,) = run_edits(model, [(edits, tokens, metric)], title="ablating pairs", resume=file)
+        fall = outcome.base - outcome.values
         joint = fall.new_zeros(len(tokens), n, n)
         joint[:, first, second] = joint[:, second, first] = fall.T
         written = _outputs(model, cache, chosen)
@@ -132,7 +137,7 @@ def measure_redundancy(
         cosine=_cosine(written),
         cka=_cka(written),
         cka_shuffled=_cka(written, _shuffles(written, seed)),
-        base_per_sequence=base,
+        base_per_sequence=outcome.base,
     )
 
 

@@ -16,14 +16,14 @@ from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pai
 from hooklens.metrics import ReadingMetric, need_metric, need_pairs
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.grid import STRONGEST, OnGrid, labels_of
-from hooklens.plugins.patching.two_runs import Swept, ends_of, joined, resume_of, share_ends, with_other
+from hooklens.plugins.patching.two_runs import Swept, ends_of, joined, share_ends, with_other
 from hooklens.results.account import RunAccount
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, Ends
 from hooklens.sweeps.execution import execute
 from hooklens.sweeps.planning import grid_axes, plan, points_of, site_and_layer
 from hooklens.sweeps.replacement import Value, as_replacement, is_run, targets_of
-from hooklens.sweeps.resume import Resume, hint, products_of
+from hooklens.sweeps.resume import Resume, resuming
 from hooklens.sweeps.site_patches import SitePatches
 
 
@@ -107,8 +107,8 @@ def patch(
     check_metric(pairs.metric, groups)
     if is_run(replacement, from_run):
         check_prompts_differ(groups)
-    file, parts = resume_of(resume, groups), []
-    with products_of(file), hint(resume, "hl.patch"):
+    parts = []
+    with resuming(resume, "hl.patch", n_lengths=len(groups)) as file:
         written = replacement.once(targets_of(model, groups, points_of(model, site), into=into))
         for group, to in zip(groups, written, strict=True):
             planned = plan(model, getattr(group, into), site, to, by=axes, layer=layer)
@@ -116,7 +116,7 @@ def patch(
             other = getattr(group, from_run)
             known = planned.donor is not None and to is other
             stream = planned.donor if known else model(other, stop_at_layer=model.cfg.n_layers)
-            outcome = execute(SitePatches(planned), group.of(pairs.metric), resume=file, other=stream)
+            outcome = execute(SitePatches(planned), group.of(pairs.metric), file=file, other=stream)
             parts.append(with_other(model, outcome, group, from_run))
     outcome, labels = joined(groups, parts), labels_of(model, site, axes, groups[0])
     if layer is not None:

@@ -15,7 +15,7 @@ from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Prompts, check_prompts_differ, read_aligned
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import check_metric
-from hooklens.plugins.patching.two_runs import Swept, ends_of, joined, resume_of, share_ends, share_of, with_other
+from hooklens.plugins.patching.two_runs import Swept, ends_of, joined, share_ends, share_of, with_other
 from hooklens.results.account import RunAccount
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, Ends, Groups, group_numbers, halves, q_values, sign_flip_p
@@ -24,7 +24,7 @@ from hooklens.sweeps.nodes import Order, of_pairs, read_receivers, read_senders
 from hooklens.sweeps.path_patches import PathPatches
 from hooklens.sweeps.paths import EDGES, FIXED, FIXED_FROZEN, plan_paths
 from hooklens.sweeps.replacement import Value, as_replacement, is_run
-from hooklens.sweeps.resume import Resume, hint, products_of
+from hooklens.sweeps.resume import Resume, resuming
 
 _BARS = 40  # of senders, in a figure
 
@@ -213,8 +213,8 @@ def path_patch(
     groups = read_aligned(model, pairs.clean, pairs.corrupted)
     check_prompts_differ(groups)
     check_metric(pairs.metric, groups)
-    file, parts = resume_of(resume, groups), []
-    with products_of(file), hint(resume, "path_patch"):
+    parts = []
+    with resuming(resume, "path_patch", n_lengths=len(groups)) as file:
         for group in groups:
             planned = plan_paths(
                 model,
@@ -225,7 +225,7 @@ def path_patch(
                 semantics=semantics,
             )
             other = planned.new.streams[model.cfg.n_layers]
-            outcome = execute(PathPatches(planned), group.of(pairs.metric), resume=file, other=other)
+            outcome = execute(PathPatches(planned), group.of(pairs.metric), file=file, other=other)
             parts.append(with_other(model, outcome, group, from_run))
     outcome, order = joined(groups, parts), Order(model)
     last = max(order.reads_at(receiver) for receiver in ends)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,6 @@ from hooklens.results.account import RunAccount
 from hooklens.results.statistics import DRAWS, Ends, Groups, mean_interval, ratio_interval
 from hooklens.sweeps.execution import Outcome
 from hooklens.sweeps.naive import first_nonfinite, not_finite
-from hooklens.sweeps.resume import Resume
 
 
 class TwoRuns:
@@ -111,13 +109,6 @@ def share_ends(
     if not excludes_zero(gap, group):
         return torch.full_like(moved[0], float("nan")), torch.full_like(moved[0], float("nan"))
     return ratio_interval(moved, gap, group=group, level=level, draws=draws, seed=seed)
-
-
-def resume_of(asked: str | Path | Resume | None, groups: Sequence[Pairs]) -> Resume | None:
-    """The file of a sweep, if one was asked for: it keeps pairs of one length."""
-    if asked is not None and len(groups) > 1:
-        raise InputError("resume= needs prompts of one length; patch each length on its own")
-    return None if asked is None else Resume.of(asked)
 
 
 def with_other(model: HookedTransformer, outcome: Outcome, group: Pairs, name: str) -> Outcome:

@@ -1,6 +1,7 @@
 """Does the model use what a probe reads? Edit the probe's direction, and compare with random directions."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from hooklens.core.names import parse
 from hooklens.data.prompts import read_pairs
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import check_metric
+from hooklens.plugins.patching.two_runs import joined
 from hooklens.plugins.probing.balancing import balanced
-from hooklens.plugins.probing.edited_runs import run_edited
+from hooklens.plugins.probing.edited_runs import moves_along
 from hooklens.plugins.probing.folds import split
 from hooklens.plugins.probing.gathering import gather
 from hooklens.plugins.probing.probe_training import train_probe
@@ -24,6 +26,8 @@ from hooklens.plugins.probing.task import ProbeTask, checked_task, read_task
 from hooklens.results.result import Result
 from hooklens.results.statistics import Tested, mean_interval, middle, null_p
 from hooklens.results.table import Table
+from hooklens.sweeps.many_edits import run_edits
+from hooklens.sweeps.resume import Resume, resuming
 
 _DRAWS = 50  # random directions: every prompt is run with each of them ablated and steered
 EDITS = ("ablate", "steer")
@@ -130,11 +134,13 @@ def check_probe_use(
     draws: int = _DRAWS,
     strength: float = 1.0,
     seed: int = 0,
+    resume: str | Path | Resume | None = None,
 ) -> CausalCheck:
     """Does the metric depend on the direction that the probe reads, at the place where it reads it?
 
     Pass prompts that the probe was not trained on (`task.halves()`), two classes, one position per prompt, and a metric
-    that is higher for class 1, such as the logit difference of the classes' words.
+    that is higher for class 1, such as the logit difference of the classes' words. `resume` names a file that keeps
+    finished edits, as in `hl.patch`.
 
     >>> from hooklens.testing import tiny_model
     >>> check = demo(tiny_model())
@@ -150,12 +156,17 @@ def check_probe_use(
     prompts = [task.tokens[i] for i in task.prompt.tolist()]  # in the order of the examples
     groups = read_pairs(model, prompts, prompts, ())
     check_metric(metric, groups)
-    x, label = gather(model, task, site=point).x[0], task.label
-    sign = 2 * label.to(x) - 1
-    shift = torch.stack([probe.middle - probe.coordinate(x).to(x), -sign * strength * probe.gap])  # edit prompt
-    where, null = probe.direction.to(x), random_directions(x, label, draws, seed)  # null draw d
-    directions = torch.cat([where[None], null.flatten(0, 1)])
-    clean, edited = run_edited(model, groups, metric, point=point, pos=task.pos, shift=shift, directions=directions)
+    label, asked = task.label, (dict(probe.state_dict()), task.label, draws, strength, seed)
+    with resuming(resume, "check_probe_use") as file:
+        x = gather(model, task, site=point).x[0]
+        sign = 2 * label.to(x) - 1
+        shift = torch.stack([probe.middle - probe.coordinate(x).to(x), -sign * strength * probe.gap])  # edit prompt
+        where, null = probe.direction.to(x), random_directions(x, label, draws, seed)  # null draw d
+        directions = torch.cat([where[None], null.flatten(0, 1)])
+        moves = moves_along(model, groups, point=point, pos=task.pos, shift=shift, directions=directions, asked=asked)
+        parts = [(edits, pairs.clean, pairs.of(metric)) for edits, pairs in zip(moves, groups, strict=True)]
+        outcome = joined(groups, run_edits(model, parts, title="directions", resume=file))
+    clean, edited = outcome.base.to(x), outcome.values.to(x).view(len(shift), len(directions), -1)
     fall = sign * len(x) / (2 * label.bincount().to(x)[label]) * (clean - edited)
     middle = (clean[label == 0].mean() + clean[label == 1].mean()) / 2
     return CausalCheck(

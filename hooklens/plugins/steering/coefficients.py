@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,21 +12,28 @@ from torch import Tensor
 from hooklens.core.arguments import whole
 from hooklens.core.errors import InputError, WrongType
 from hooklens.core.names import Where
-from hooklens.core.progress_bar import progress
 from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Prompts, read_pairs
 from hooklens.generation.sampling import Generation
 from hooklens.model.ids import show, show_text
-from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.steering.coefficient_result import CoefficientSweep
 from hooklens.plugins.steering.positions import Positions
 from hooklens.plugins.steering.steering_edit import Direction, finite_numbers, steer
-from hooklens.plugins.steering.variants import Row, Variants, continuation_loss, repeated, texts_of, unit_controls
+from hooklens.plugins.steering.variants import (
+    Row,
+    Variants,
+    continuation_loss,
+    repeated,
+    texts_of,
+    unit_controls,
+    values_and_losses,
+)
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.statistics import group_numbers
+from hooklens.sweeps.resume import Resume, resuming
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +42,8 @@ class SweepSettings:
 
     `controls` is the number of random directions, or the directions themselves, `[draw ...]`; they are scaled to the
     direction's length, separately for each layer and head if it has these axes. `written` is how many of them also
-    generate text. `group` has one label per prompt: intervals resample groups.
+    generate text. `group` has one label per prompt: intervals resample groups. `resume` names a file that keeps
+    finished values of the metric and losses, as in `hl.patch`; continuations are generated again.
     """
 
     controls: int | Float[Tensor, "draw *point"] = 24
@@ -44,6 +53,7 @@ class SweepSettings:
     positions: Positions = "all"
     group: Int[Tensor, "prompt"] | None = None
     seed: int = 0
+    resume: str | Path | Resume | None = None
 
 
 def sweep_coefficients(
@@ -84,15 +94,14 @@ def sweep_coefficients(
     pairs = as_pairs(model, prompts, metric=metric, group=settings.group)
     rows, groups = pairs.clean, read_pairs(model, pairs.clean, pairs.clean, ())
     check_metric(pairs.metric, groups)
-    with torch.no_grad(), packed_linears(rows=1024):
+    with resuming(settings.resume, "SweepSettings") as file:
         texts, losses, repeats = _written(model, plan, rows, settings)
         read, starts = texts.tokens[: len(rows)], [len(row) for row in rows]
         if neutral is not None:
             read = texts_of(model, neutral)
             starts = [1] * len(read)
-        with progress("coefficients", plan.edits.n * (len(rows) + len(read)), unit="prompt") as advance:
-            values = plan.edits.metric(model, groups, pairs.metric, advance)
-            neutral_losses = plan.everywhere.loss(model, read, starts, advance)
+        on_prompts, on_texts = (plan.edits, groups, pairs.metric), (plan.everywhere, read, starts)
+        values, neutral_losses = values_and_losses(model, on_prompts, on_texts, title="coefficients", file=file)
     new_texts = texts.texts or [" ".join(show(model, ids)) for ids in texts.new_tokens]
     by_edit = [new_texts[i : i + len(rows)] for i in range(0, len(new_texts), len(rows))]
     return CoefficientSweep(
@@ -145,8 +154,10 @@ def _planned(
     of[:, used] = torch.arange(1, 1 + len(directions) * len(used)).view(len(directions), -1)
     vectors = torch.einsum("c,k...->kc...", amounts[used], directions).flatten(0, 1)
     vectors = torch.cat([torch.zeros_like(wide)[None], vectors])
+    asked = (direction, amounts, settings.controls, settings.seed)
     at_positions, everywhere = (
-        Variants.of(model, site, vectors, torch.ones(()), positions) for positions in (settings.positions, "all")
+        Variants.of(model, site, vectors, torch.ones(()), positions, asked=asked)
+        for positions in (settings.positions, "all")
     )
     return _Plan(amounts, of, at_positions, everywhere)
 

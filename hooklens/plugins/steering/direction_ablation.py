@@ -1,6 +1,7 @@
 """Does the model need a direction? The metric and the loss after ablating it, compared with random directions."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,18 +10,17 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.names import Where
-from hooklens.core.progress_bar import progress
 from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Prompts, read_pairs
-from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.steering.ablation_controls import NULLS, random_ablations, second_moment, share_of
 from hooklens.plugins.steering.steering_edit import ablate_direction, stream_sites
-from hooklens.plugins.steering.variants import Variants, texts_of, unit_controls
+from hooklens.plugins.steering.variants import Variants, texts_of, unit_controls, values_and_losses
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import group_numbers, mean_interval, middle, null_p
+from hooklens.sweeps.resume import Resume, resuming
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,15 +130,16 @@ def measure_direction_ablation(
     *,
     sites: Where | None = None,
     neutral: Prompts | None = None,
-    group: Int[Tensor, "prompt"] | None = None,
     controls: int | Float[Tensor, "draw width"] = 24,
+    resume: str | Path | Resume | None = None,
 ) -> DirectionAblation:
     """What does the model lose when it cannot use a direction, and would it lose as much without any other direction?
 
     The direction is ablated everywhere in the stream, or at chosen sites. `neutral` is text whose loss should not
-    change; None uses the prompts themselves. `group` has one label per prompt: the interval resamples groups. Of
-    `PromptPairs` the clean prompts are used, with their metric and groups.
-    `controls` is the number of random directions of each kind (the same in every call), or the directions themselves.
+    change; None uses the prompts themselves. Of `PromptPairs` the clean prompts are used, with their metric and their
+    groups, which the interval resamples: `hl.PromptPairs(prompts, None, metric, group=labels)`. `controls` is the
+    number of random directions of each kind (the same in every call), or the directions themselves. `resume` names a
+    file that keeps finished values of the metric and losses, as in `hl.patch`.
 
     >>> from hooklens.testing import tiny_model
     >>> model = tiny_model()
@@ -154,20 +155,18 @@ def measure_direction_ablation(
     if direction.ndim != 1:
         raise InputError(f"direction_ablation needs a single direction [width], got {list(direction.shape)}")
     names = [point.name for point in model.resolve(where)]
-    pairs = as_pairs(model, prompts, metric=metric, group=group)
+    pairs = as_pairs(model, prompts, metric=metric)
     groups = read_pairs(model, pairs.clean, pairs.clean, ())
     check_metric(pairs.metric, groups)
-    with torch.no_grad():
-        moment = second_moment(model, groups, names)
-    wide = direction.detach().double().cpu()
-    random, nulls = _controls(controls, moment, wide)
-    vectors = torch.cat([torch.zeros_like(wide)[None], wide[None], random.flatten(0, 1)])  # the first removes nothing
-    edits = Variants.of(model, names, vectors, None, "all")
     texts = texts_of(model, pairs.clean if neutral is None else neutral)
-    work = edits.n * (len(pairs) + len(texts))
-    with torch.no_grad(), packed_linears(rows=1024), progress("ablations", work, unit="prompt") as advance:
-        values = edits.metric(model, groups, pairs.metric, advance)
-        losses = edits.loss(model, texts, [1] * len(texts), advance)
+    wide = direction.detach().double().cpu()
+    with resuming(resume, "measure_direction_ablation") as file:
+        moment = second_moment(model, groups, names)
+        random, nulls = _controls(controls, moment, wide)
+        vectors = torch.cat([torch.zeros_like(wide)[None], wide[None], random.flatten(0, 1)])  # 0 removes nothing
+        edits = Variants.of(model, names, vectors, None, "all", asked=(direction, controls))
+        on_prompts, on_texts = (edits, groups, pairs.metric), (edits, texts, [1] * len(texts))
+        values, losses = values_and_losses(model, on_prompts, on_texts, title="ablations", file=file)
     return DirectionAblation(
         metric=values[1],
         base_per_prompt=values[0],

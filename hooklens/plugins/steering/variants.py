@@ -10,17 +10,20 @@ from torch import Tensor
 from hooklens.core.arguments import seeded, whole
 from hooklens.core.errors import InputError
 from hooklens.core.names import Where, parse
-from hooklens.core.progress_bar import Advance
-from hooklens.data.prompts import Pairs, Prompts, rows_of
+from hooklens.data.prompts import Pairs, Prompts, read_pairs, rows_of
 from hooklens.generation.sampling import Generation
+from hooklens.metrics import MinusLoss
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.grid import in_order
+from hooklens.plugins.patching.two_runs import joined
 from hooklens.plugins.steering.positions import Positions
 from hooklens.plugins.steering.steering_edit import at_points, hooks_of
-from hooklens.sweeps.many_edits import Edits, Hooks
+from hooklens.sweeps.many_edits import Edits, Hooks, run_edits
+from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.resume import Resume
 
 Row = Int[Tensor, "_pos"]  # texts of one call differ in length
-_LOGITS_AT_ONCE = 2**25
+_POSITIONS = 2048  # of one batch
 
 
 class Variants(Edits):
@@ -34,8 +37,13 @@ class Variants(Edits):
         directions: Float[Tensor, "variant *direction"],
         amount: Tensor | None,
         positions: Positions,
+        *,
+        asked: Any,
     ) -> "Variants":
-        """One edit per direction, which is added at the site, or projected out if the amount is None."""
+        """One edit per direction, which is added at the site, or projected out if the amount is None.
+
+        `asked` are the arguments from which the directions were made.
+        """
         vectors = at_points(model, site, directions, "ablate" if amount is None else "steer")
         layers = [point.layer for point in map(parse, vectors) if point is not None and point.layer is not None]
         if len(layers) < len(vectors):
@@ -46,28 +54,8 @@ class Variants(Edits):
         def hooks(index: Int[Tensor, "row"]) -> Hooks:
             return hooks_of({name: vector[index] for name, vector in vectors.items()}, amount, positions)
 
-        return cls(len(directions), hooks, min(layers))
-
-    def metric(
-        self, model: HookedTransformer, groups: list[Pairs], metric: Any, advance: Advance
-    ) -> Float[Tensor, "variant prompt"]:
-        """The metric of every prompt under every edit."""
-        values = [self.values(model, group.clean, group.of(metric), advance).T for group in groups]
-        return in_order(groups, values).T
-
-    def loss(
-        self, model: HookedTransformer, rows: Sequence[Row], starts: Sequence[int], advance: Advance
-    ) -> Float[Tensor, "variant text"]:
-        """Nats per token of each text under every edit, from position `start` on."""
-        if model.cfg.d_vocab_out < model.cfg.d_vocab:
-            raise InputError("the loss of a text needs a logit for every token, and this model has fewer")
-        losses = []
-        for row, start in zip(rows, starts, strict=True):
-            at_once = max(1, _LOGITS_AT_ONCE // (len(row[start:]) * model.cfg.d_vocab_out))
-            streams = (x for some in self.streams(model, row[None], advance) for x in some[:, 0].split(at_once))
-            of_text = [nats(model.read_out(x[:, start - 1 : -1]), row[start:].expand(len(x), -1)) for x in streams]
-            losses.append(torch.cat(of_text).mean(1))
-        return torch.stack(losses, 1)
+        identity = (asked, list(vectors), amount, positions)
+        return cls(len(directions), hooks, min(layers), (identity, {}), [directions])
 
     def generate(
         self, model: HookedTransformer, prompts: Sequence[Row], index: Int[Tensor, "variant"], options: dict[str, Any]
@@ -77,10 +65,23 @@ class Variants(Edits):
             return model.generate([row for _ in index for row in prompts], **options)
 
 
-def nats(logits: Float[Tensor, "row pos d_vocab"], targets: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos"]:
-    """Minus the log-probability of each target, in float32 or wider."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+def values_and_losses(
+    model: HookedTransformer,
+    prompts: tuple[Variants, Sequence[Pairs], Any],
+    texts: tuple[Variants, Sequence[Row], Sequence[int]],
+    *,
+    title: str,
+    file: Resume | None,
+) -> tuple[Float[Tensor, "variant prompt"], Float[Tensor, "variant text"]]:
+    """The metric of prompts under edits, and the loss of texts under as many: nats per token from their `start` on."""
+    if model.cfg.d_vocab_out < model.cfg.d_vocab:
+        raise InputError("the loss of a text needs a logit for every token, and this model has fewer")
+    (edits, groups, metric), (on_texts, rows, starts) = prompts, texts
+    asked: list[tuple[Edits, Tensor, Any]] = [(edits, group.clean, group.of(metric)) for group in groups]
+    for row, start in zip(rows, starts, strict=True):
+        asked.append((on_texts, row[None], MinusLoss(torch.tensor([-1]), row[None], start - 1)))
+    outcomes, n = run_edits(model, asked, title=title, resume=file), len(groups)
+    return joined(groups, outcomes[:n]).values, -torch.cat([outcome.values for outcome in outcomes[n:]], 1)
 
 
 def continuation_loss(model: HookedTransformer, written: Generation) -> Float[Tensor, "text"]:
@@ -91,20 +92,13 @@ def continuation_loss(model: HookedTransformer, written: Generation) -> Float[Te
     >>> continuation_loss(model, model.generate([[1, 2], [3]], 4)).shape
     torch.Size([2])
     """
-    tokens, real = written.padded()
-    before, new = (
-        torch.tensor([len(row) for row in rows], device=tokens.device) for rows in (written.prompts, written.new_tokens)
-    )
-    step = torch.arange(int(new.max()), device=tokens.device)
-    at = (before[:, None] + step).clamp_max(tokens.shape[1] - 1)
-    losses = []
-    for rows in torch.arange(len(tokens)).split(max(1, _LOGITS_AT_ONCE // (len(step) * model.cfg.d_vocab_out))):
-        read = model(tokens[rows], attention_mask=real[rows], stop_at_layer=model.cfg.n_layers)
-        stream = read.as_subclass(torch.Tensor)  # by column: padding of short rows is read too, and not counted below
-        number = torch.arange(len(rows))[:, None]
-        of_token = nats(model.read_out(stream[number, at[rows] - 1]), tokens[rows].gather(1, at[rows]))
-        losses.append((of_token * (step < new[rows, None])).sum(1) / new[rows])
-    return torch.cat(losses)
+    groups, losses = read_pairs(model, written.tokens, written.prompts, ()), []
+    for group in groups:
+        for rows in group.clean.split(max(1, _POSITIONS // group.clean.shape[1])):
+            stream = model(rows, stop_at_layer=model.cfg.n_layers)
+            metric = MinusLoss(torch.full((len(rows),), -1), rows, group.corrupted.shape[1] - 1)
+            losses.append(-Reader(model, metric, stream).base)
+    return in_order(groups, losses)
 
 
 def repeated(ids: Int[Tensor, "pos"]) -> float:

@@ -234,8 +234,8 @@ def test_an_interrupted_study_goes_on_with_the_same_bits(tmp_path, monkeypatch):
 
     model, save, saves = tiny_model(n_layers=3), Progressed.save, []
 
-    def save_and_stop(self, finished):
-        save(self, finished)
+    def save_and_stop(self, *finished):
+        save(self, *finished)
         saves.append(self.path.name)
         if len(saves) == 3:
             raise KeyboardInterrupt

@@ -7,12 +7,13 @@ from model.zoo import zoo_model
 import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.data.prompts import Pairs
-from hooklens.plugins.probing.edited_runs import run_edited
+from hooklens.plugins.probing.edited_runs import moves_along
 from hooklens.plugins.probing.gathering import gather
 from hooklens.plugins.probing.probe_training import train_probe
 from hooklens.plugins.probing.probe_use import CausalCheck, check_probe_use, random_directions
 from hooklens.plugins.probing.probes import MassMean, Probe
 from hooklens.plugins.probing.task import read_task
+from hooklens.sweeps.many_edits import run_edits
 from hooklens.testing import tiny_model
 
 VOCAB, D = 40, 12
@@ -218,14 +219,15 @@ def test_long_rotary_turns_the_reused_beginning_of_a_prompt_as_its_whole_row():
     model = zoo_model("phi3", dtype=torch.float64)  # the original context ends after 3 of the 5 tokens
     tokens = torch.tensor([[1, 5, 2, 7, 3], [4, 4, 9, 0, 10]])
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
-    clean, edited = run_edited(
+    (edits,) = moves_along(
         model,
         [Pairs((0, 1), tokens, tokens)],
-        metric,
         point="blocks.0.hook_resid_post",
         pos=torch.tensor([3, 3]),
         shift=torch.ones(1, 2, dtype=torch.float64),
         directions=torch.zeros(1, 8, dtype=torch.float64),
     )
-    assert torch.allclose(edited[0, 0], metric(model(tokens)), atol=1e-10)
-    assert torch.allclose(edited[0, 0], clean, atol=1e-10)
+    (outcome,) = run_edits(model, [(edits, tokens, metric)], title="moves")
+    assert edits.start == 3 and outcome.how == "engine"
+    assert torch.allclose(outcome.values[0], metric(model(tokens)), atol=1e-10)
+    assert torch.allclose(outcome.values[0], outcome.base, atol=1e-10)

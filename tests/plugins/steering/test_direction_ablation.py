@@ -128,7 +128,7 @@ def test_intervals_resample_groups_and_are_held_against_random_directions():
     model, v = tiny_model(dtype=torch.float64), torch.ones(8, dtype=torch.float64)
     metric, prompts = lambda logits: logits[:, -1, 3], [[1, 5], [1, 5], [4, 9], [4, 9], [3, 7], [3, 7]]
     alone, grouped = (
-        measure_direction_ablation(model, prompts, v, metric, group=group, controls=9)
+        measure_direction_ablation(model, hl.PromptPairs(prompts, None, metric, group=group), v, controls=9)
         for group in (None, torch.arange(3).repeat_interleave(2))
     )
     assert grouped.interval()[1] - grouped.interval()[0] > alone.interval()[1] - alone.interval()[0]
@@ -137,5 +137,3 @@ def test_intervals_resample_groups_and_are_held_against_random_directions():
     for said, end in zip(grouped.against, most.tolist(), strict=True):
         expected = "beyond" if low > end or high < -end else "inside" if -end <= low and high <= end else "undecided"
         assert said == expected
-    with pytest.raises(InputError, match="one value per pair"):
-        measure_direction_ablation(model, prompts, v, metric, group=torch.arange(3))

@@ -30,7 +30,7 @@ def test_prompt_pairs_give_what_their_prompts_give():
         (find_direction(model, pairs, draws=5), find_direction(model, CLEAN, CORRUPTED, group=GROUP, draws=5)),
         (
             measure_direction_ablation(model, pairs, v, controls=2),
-            measure_direction_ablation(model, CLEAN, v, metric, group=GROUP, controls=2),
+            measure_direction_ablation(model, hl.PromptPairs(CLEAN, None, metric, group=GROUP), v, controls=2),
         ),
         (
             sweep_coefficients(model, pairs, v, [1.0], site=SITE, settings=few),
