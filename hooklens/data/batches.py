@@ -1,0 +1,79 @@
+"""What training reads: batches that are a function of the step, so that a resumed run needs no state of the data."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Shaped
+from torch import Tensor
+
+from hooklens.core.arguments import seeded, whole
+from hooklens.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of a model, the targets of its output, and which targets count."""
+
+    inputs: Shaped[Tensor, "batch pos *d_in"]
+    targets: Shaped[Tensor, "batch pos *d_out"]
+    counts: Bool[Tensor, "batch pos"]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        """Some of the rows."""
+        return Batch(self.inputs[start:stop], self.targets[start:stop], self.counts[start:stop])
+
+    def to(self, device: Any, dtype: torch.dtype | None = None) -> "Batch":
+        """The batch on a device; vectors also in a dtype."""
+        inputs, targets = (
+            tensor.to(device, dtype if tensor.is_floating_point() else None) for tensor in (self.inputs, self.targets)
+        )
+        return Batch(inputs, targets, self.counts.to(device))
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """A task to train on: how to draw a batch, what is held out, and what there is to learn.
+
+    A subclass defines `batch` and `held_out`. Both depend on nothing but the fields and their arguments.
+    """
+
+    def batch(self, step: int, size: int) -> Batch:
+        """The training batch of a step."""
+        raise InputError(f"{type(self).__name__} draws no batches; define batch(step, size)")
+
+    def held_out(self, size: int) -> Iterator[Batch]:
+        """All that is held out, in batches of at most `size` rows; nothing if all data are fresh."""
+        raise InputError(f"{type(self).__name__} holds nothing out; define held_out(size)")
+
+    def description(self) -> str:
+        """What is there to learn, in one or two sentences."""
+        raise InputError(f"{type(self).__name__} does not say what there is to learn; define description()")
+
+    def identity(self) -> dict[str, Any]:
+        """What two runs on the same data have in common, as plain values."""
+        raise InputError(f"{type(self).__name__} has no identity; define identity()")
+
+
+def epoch_rows(step: int, size: int, n: int, seed: int) -> Tensor:
+    """The rows of a step when every one of `n` is used once an epoch, in an order drawn for each epoch.
+
+    >>> torch.cat([epoch_rows(step, 2, 4, seed=0) for step in range(2)]).sort().values
+    tensor([0, 1, 2, 3])
+    """
+    at = torch.arange(step * whole("batch", size, 1), (step + 1) * size)
+    orders = {epoch: torch.randperm(n, generator=seeded(seed, epoch)) for epoch in (at // n).unique().tolist()}
+    return torch.stack([orders[int(i) // n][i % n] for i in at])
+
+
+def next_token_batch(tokens: Tensor) -> Batch:
+    """Windows of tokens, each of which predicts the next.
+
+    >>> next_token_batch(torch.tensor([[1, 2, 3]])).targets
+    tensor([[2, 3]])
+    """
+    return Batch(tokens[:, :-1], tokens[:, 1:], torch.ones_like(tokens[:, 1:], dtype=torch.bool))

@@ -1,0 +1,95 @@
+"""Modular arithmetic: "a b =" and its answer modulo p, all pairs split once into training and held-out ones."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooklens.core.arguments import seeded, whole
+from hooklens.core.errors import InputError, did_you_mean
+from hooklens.data.batches import Batch, TrainingData, epoch_rows
+
+_SIGNS = {"+": torch.add, "-": torch.sub, "x": torch.mul}
+
+
+@dataclass(frozen=True)
+class Modular(TrainingData):
+    """The table of an operation modulo `p`. Tokens 0 to p - 1 are numbers, `p` the equals sign."""
+
+    p: int
+    operation: str
+    fraction: float
+    seed: int
+
+    @property
+    def d_vocab(self) -> int:
+        """Numbers and the equals sign; answers are the first `p` of them."""
+        return self.p + 1
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """What each token stands for."""
+        return [*map(str, range(self.p)), "="]
+
+    def pairs(self) -> tuple[Int[Tensor, "train_pair 2"], Int[Tensor, "held_out_pair 2"]]:
+        """The pairs (a, b) of training and the held-out ones."""
+        order = torch.randperm(self.p**2, generator=seeded(self.seed))
+        every = torch.cartesian_prod(torch.arange(self.p), torch.arange(self.p))[order]
+        n = round(self.fraction * self.p**2)
+        return every[:n], every[n:]
+
+    def examples(self, pairs: Int[Tensor, "pair 2"]) -> Batch:
+        """Prompts "a b =" with the answer at the last position, the only one that counts."""
+        answers = _SIGNS[self.operation](pairs[:, 0], pairs[:, 1]) % self.p
+        inputs = torch.cat([pairs, torch.full_like(pairs[:, :1], self.p)], 1)
+        counts = torch.zeros(inputs.shape, dtype=torch.bool)
+        counts[:, -1] = True
+        return Batch(inputs, torch.where(counts, answers[:, None], 0), counts)
+
+    def batch(self, step: int, size: int) -> Batch:
+        """`size` training pairs; all of them in every step if there are no more than `size`."""
+        train, _ = self.pairs()
+        if size >= len(train):
+            return self.examples(train)
+        return self.examples(train[epoch_rows(step, size, len(train), self.seed)])
+
+    def held_out(self, size: int) -> Iterator[Batch]:
+        """The held-out pairs."""
+        for pairs in self.pairs()[1].split(size):
+            yield self.examples(pairs)
+
+    def description(self) -> str:
+        """What there is to learn."""
+        return f"a {self.operation} b modulo {self.p}, from {self.fraction:.0%} of all pairs"
+
+    def identity(self) -> dict[str, Any]:
+        """What identifies the data."""
+        return {
+            "task": "modular",
+            "p": self.p,
+            "operation": self.operation,
+            "fraction": self.fraction,
+            "seed": self.seed,
+        }
+
+
+def modular(p: int = 113, *, operation: Literal["+", "-", "x"] = "+", fraction: float = 0.3, seed: int = 0) -> Modular:
+    """Addition, subtraction or multiplication modulo `p`, with a fraction of all pairs to train on.
+
+    >>> data = modular(p=5, fraction=0.8)
+    >>> len(data.pairs()[0]), len(data.pairs()[1]), data.d_vocab
+    (20, 5, 6)
+
+    Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 3.
+    """
+    whole("p", p, 2)
+    if operation not in _SIGNS:
+        raise did_you_mean("operation", operation, _SIGNS)
+    if not 0 < fraction <= 1 or round(fraction * p**2) < 1:
+        raise InputError(
+            f"fraction is the share of all {p**2} pairs to train on, above 0 and at most 1; got {fraction}"
+        )
+    return Modular(p, operation, fraction, seed)

@@ -1,0 +1,191 @@
+"""Optimisers written out: each turns the gradient into a change of the parameters, on one vector, in place."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.model.config import Part, _FromJson, part
+
+_AT_ONCE = 2**17  # elements: the five vectors of an Adam step stay in a core's cache
+
+Vector = Float[Tensor, "parameter"]
+Slots = Mapping[str, Vector]
+
+
+@dataclass(frozen=True)
+class Optimizer(_FromJson, Part):
+    """A rule that turns gradients into changes. `slots` names the vectors that it keeps from step to step."""
+
+    slot = "optimizer"
+    slots: ClassVar[tuple[str, ...]] = ()
+    lr: ClassVar[Any]  # the learning rate that a schedule scales: a field of rules, a property of wrappers
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The names of the vectors that a checkpoint has to hold."""
+        return self.slots
+
+    def prepare(self, grads: Vector, values: Vector, slots: Slots, spans: Sequence[slice]) -> None:
+        """Change the gradient before the rule sees it, parameter by parameter (`spans`). Most rules do nothing here."""
+
+    def change(self, grads: Vector, values: Vector, slots: Slots, t: int, rate: float) -> None:
+        """Replace a piece of the gradient by the change of the parameters in step `t` (1, 2, ...)."""
+        raise InputError(f"{type(self).__name__} does not say how it changes parameters; define change()")
+
+    def step(self, values: Vector, grads: Vector, slots: Slots, *, t: int, rate: float, spans: Sequence[slice]) -> None:
+        """One step: `grads` becomes the change, which is added to `values`.
+
+        >>> values, grads = torch.tensor([1.0, 2.0]), torch.tensor([0.5, -0.5])
+        >>> SGD(lr=0.1).step(values, grads, {"momentum": torch.zeros(2)}, t=1, rate=0.1, spans=[slice(0, 2)])
+        >>> values, grads
+        (tensor([0.9500, 2.0500]), tensor([-0.0500,  0.0500]))
+        """
+        self.prepare(grads, values, slots, spans)
+        pieces = [vector.split(_AT_ONCE) for vector in (grads, values, *slots.values())]
+        for grad, value, *kept in zip(*pieces, strict=True):
+            self.change(grad, value, dict(zip(slots, kept, strict=True)), t, rate)
+            value.add_(grad)
+
+
+@dataclass(frozen=True)
+class SGD(Optimizer):
+    """Gradient descent with momentum; weight decay is added to the gradient.
+
+    Reference: Sutskever et al. (2013), equations 1 to 4, in the form of torch.optim.SGD, where the momentum is a sum
+    of gradients and not of changes.
+    """
+
+    name = "sgd"
+    slots = ("momentum",)
+    lr: float = 1e-2
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+
+    def change(self, grads: Vector, values: Vector, slots: Slots, t: int, rate: float) -> None:
+        momentum = slots["momentum"]
+        if self.weight_decay:
+            grads.add_(values, alpha=self.weight_decay)
+        momentum.mul_(self.momentum).add_(grads)
+        if self.nesterov:
+            grads.add_(momentum, alpha=self.momentum)
+        else:
+            grads.copy_(momentum)
+        grads.mul_(-rate)
+
+
+@dataclass(frozen=True)
+class Adam(Optimizer):
+    """Adaptive moments; weight decay is added to the gradient.
+
+    Reference: Kingma and Ba (2015), algorithm 1.
+    """
+
+    name = "adam"
+    slots = ("first", "second")
+    lr: float = 1e-3
+    betas: tuple[float, ...] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas are two numbers from 0 to below 1, got {self.betas}")
+
+    def change(self, grads: Vector, values: Vector, slots: Slots, t: int, rate: float) -> None:
+        if self.weight_decay:
+            grads.add_(values, alpha=self.weight_decay)
+        self.adapt(grads, slots, t, rate)
+
+    def adapt(self, grads: Vector, slots: Slots, t: int, rate: float) -> None:
+        """Replace the gradient by -rate times the corrected first moment over the root of the second."""
+        first, second = slots["first"], slots["second"]
+        beta1, beta2 = self.betas
+        first.lerp_(grads, 1 - beta1)
+        second.mul_(beta2).addcmul_(grads, grads, value=1 - beta2)
+        # (first / (1 - beta1^t)) / (sqrt(second / (1 - beta2^t)) + eps), with one division of vectors
+        torch.sqrt(second, out=grads)
+        grads.div_((1 - beta2**t) ** 0.5).add_(self.eps)
+        torch.div(first, grads, out=grads)
+        grads.mul_(-rate / (1 - beta1**t))
+
+
+@dataclass(frozen=True)
+class AdamW(Adam):
+    """Adam with weight decay apart from the gradient: each step takes `rate * weight_decay` off every parameter.
+
+    Reference: Loshchilov and Hutter (2019), algorithm 2.
+    """
+
+    name = "adamw"
+    weight_decay: float = 0.01
+
+    def change(self, grads: Vector, values: Vector, slots: Slots, t: int, rate: float) -> None:
+        self.adapt(grads, slots, t, rate)
+        grads.add_(values, alpha=-rate * self.weight_decay)
+
+
+@dataclass(frozen=True)
+class Wrapper(Optimizer):
+    """An optimiser that changes the gradient before another one, `inner`, sees it."""
+
+    inner: Optimizer = AdamW()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inner", part("optimizer", self.inner))
+        super().__post_init__()
+
+    @property
+    def lr(self) -> float:  # type: ignore[override]
+        return self.inner.lr
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        return (*self.slots, *self.inner.kept)
+
+    def change(self, grads: Vector, values: Vector, slots: Slots, t: int, rate: float) -> None:
+        self.inner.change(grads, values, slots, t, rate)
+
+
+@dataclass(frozen=True)
+class OrthogonalGradient(Wrapper):
+    """Only the part of each gradient that is orthogonal to its parameter, with the gradient's norm.
+
+    Under cross-entropy, growing all weights lowers the loss without changing any prediction; this direction is removed.
+
+    Reference: Prieto et al. (2025), "Grokking at the edge of numerical stability", section 5 (perpendicular gradient).
+    """
+
+    name = "orthogonal_gradient"
+
+    def prepare(self, grads: Vector, values: Vector, slots: Slots, spans: Sequence[slice]) -> None:
+        for span in spans:
+            grad, value = grads[span], values[span]
+            before = grad.norm()
+            grad.sub_(value * (value @ grad / (value @ value + 1e-30)))
+            grad.mul_(before / (grad.norm() + 1e-30))
+        self.inner.prepare(grads, values, slots, spans)
+
+
+@dataclass(frozen=True)
+class Grokfast(Wrapper):
+    """The gradient plus `amplify` times its exponential moving average: slow components are amplified.
+
+    Reference: Lee et al. (2024), "Grokfast", algorithm 2 (Grokfast-EMA; alpha and lambda there).
+    """
+
+    name = "grokfast"
+    slots = ("slow",)
+    decay: float = 0.98
+    amplify: float = 2.0
+
+    def prepare(self, grads: Vector, values: Vector, slots: Slots, spans: Sequence[slice]) -> None:
+        slots["slow"].lerp_(grads, 1 - self.decay)
+        grads.add_(slots["slow"], alpha=self.amplify)
+        self.inner.prepare(grads, values, slots, spans)

@@ -1,0 +1,109 @@
+"""A run of training on disk: its losses, its checkpoints, its picture. It can be read while it is being written."""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hooklens.core.errors import InputError
+from hooklens.pretrained.checkpoint import load_checkpoint
+from hooklens.results.table import Table
+from hooklens.training.recorder import recorded_evaluations, recorded_steps
+from hooklens.training.row_file import Rows
+from hooklens.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The model of a run after `step` steps; `load()` reads it."""
+
+    step: int
+    path: Path
+
+    def load(self, *, device: Any = None) -> "HookedTransformer":
+        """The model, ready for any method."""
+        return load_checkpoint(self.path, device=device)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What was recorded in the folder of a run.
+
+    >>> from hooklens.data.modular import modular
+    >>> from hooklens.testing import tiny_model
+    >>> from hooklens.training.loop import train
+    >>> run = train(tiny_model(d_vocab=7), modular(p=5, fraction=0.8), steps=2)
+    >>> [checkpoint.step for checkpoint in run.checkpoints()]
+    [0, 1, 2]
+    """
+
+    path: Path
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The run's settings, configuration, data and number of steps, as plain values."""
+        return RunFolder(self.path).identity()
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers in the order of recorded norms."""
+        return self.identity["layers"]
+
+    def steps(self) -> Rows:
+        """Every step so far: loss, rate, gradient, seconds, gradient_norms, parameter_norms, change_norms."""
+        return recorded_steps(self.path)
+
+    def evaluations(self) -> Rows:
+        """Every evaluation so far: loss, histogram, by_position."""
+        return recorded_evaluations(self.path)
+
+    @property
+    def steps_done(self) -> int:
+        """How many steps are recorded."""
+        return len(self.steps().steps)
+
+    @property
+    def loss(self) -> NDArray:
+        """The training loss of every step."""
+        return self.steps()["loss"]
+
+    @property
+    def held_out_loss(self) -> NDArray:
+        """The held-out loss of every evaluation; `evaluations().steps` says after which step."""
+        return self.evaluations()["loss"]
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """The kept models, from the untrained to the last."""
+        folder = RunFolder(self.path)
+        return [Checkpoint(step, folder.checkpoint(step)) for step in folder.checkpoint_steps()]
+
+    def table(self, n: int | None = None) -> Table:
+        """The evaluations: step, training loss there, held-out loss."""
+        steps, held_out = self.steps(), self.evaluations()
+        at = np.clip(held_out.steps - 1, 0, None)
+        rows = [
+            (int(step), float(steps["loss"][i]) if i < len(steps.steps) else float("nan"), float(loss))
+            for step, i, loss in zip(held_out.steps, at, held_out["loss"], strict=True)
+        ]
+        return Table(("step", "training loss", "held-out loss"), rows).head(n)
+
+
+def checkpoints(run: Run | str | os.PathLike) -> list[Checkpoint]:
+    """The checkpoints of a run, or of the folder of one."""
+    run = run if isinstance(run, Run) else open_run(run)
+    return run.checkpoints()
+
+
+def open_run(path: str | os.PathLike) -> Run:
+    """The run in a folder, finished or under way."""
+    folder = RunFolder(path)
+    if not folder.exists:
+        raise InputError(f"{str(path)!r} holds no run of hl.train (no run.json); give the folder of one")
+    return Run(folder.path)
