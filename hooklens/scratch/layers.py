@@ -40,8 +40,8 @@ class Linear(Layer):
     With G = dL/dy: dL/dx = G W^T, dL/dW = x^T G, dL/db = the sum of G's rows.
 
     >>> layer = Linear(3, 2, seed=0)
-    >>> y = layer.forward(torch.ones(4, 3))
-    >>> layer.backward(torch.ones(4, 2)).shape, layer.gradients["W"].shape
+    >>> y = layer.forward(torch.ones(4, 3).double())
+    >>> layer.backward(torch.ones(4, 2).double()).shape, layer.gradients["W"].shape
     (torch.Size([4, 3]), torch.Size([3, 2]))
     """
 
