@@ -25,19 +25,22 @@ from hooklens.sweeps.resume import Resume
 from hooklens.sweeps.settings import engine
 
 if TYPE_CHECKING:
-    from hooklens import studies
+    from hooklens import data, studies, training
     from hooklens.plugins import circuits, heads, lens, patching, probing, steering, weights
     from hooklens.plugins.lens import logit_lens
     from hooklens.plugins.patching import Mean, PatchSweep, Replacement, ablate, patch, path_patch
     from hooklens.plugins.probing import train_probe
     from hooklens.plugins.steering import steer
+    from hooklens.training import checkpoints, open_run, train
 
 #: Families of methods, and the methods that most people begin with. They are imported on first use, as each imports
 #: its whole family.
 _PLUGINS = ("circuits", "heads", "lens", "patching", "probing", "steering", "weights")
-_FAMILIES = {name: f"hooklens.plugins.{name}" for name in _PLUGINS} | {"studies": "hooklens.studies"}
+_FAMILIES = {name: f"hooklens.plugins.{name}" for name in _PLUGINS}
+_FAMILIES |= {name: f"hooklens.{name}" for name in ("data", "studies", "training")}
 _VERBS = {
     **dict.fromkeys(("Mean", "PatchSweep", "Replacement", "ablate", "patch", "path_patch"), "patching"),
+    **dict.fromkeys(("checkpoints", "open_run", "train"), "training"),
     "logit_lens": "lens",
     "steer": "steering",
     "train_probe": "probing",
@@ -63,7 +66,9 @@ __all__ = [
     "Site",
     "Table",
     "ablate",
+    "checkpoints",
     "circuits",
+    "data",
     "describe",
     "differentiable_attention",
     "engine",
@@ -75,6 +80,7 @@ __all__ = [
     "logit_diff",
     "logit_lens",
     "loss",
+    "open_run",
     "packed_linears",
     "patch",
     "patching",
@@ -87,7 +93,9 @@ __all__ = [
     "steer",
     "steering",
     "studies",
+    "train",
     "train_probe",
+    "training",
     "weights",
     "wrap",
 ]

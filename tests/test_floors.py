@@ -20,6 +20,8 @@ FLOORS = (
     ("metrics",),
     ("data",),
     ("sweeps",),
+    ("training",),
+    ("scratch",),
     ("plugins",),
     ("studies",),
     ("testing", "public"),

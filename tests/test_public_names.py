@@ -30,7 +30,9 @@ NAMES = [
     "Site",
     "Table",
     "ablate",
+    "checkpoints",
     "circuits",
+    "data",
     "describe",
     "differentiable_attention",
     "engine",
@@ -42,6 +44,7 @@ NAMES = [
     "logit_diff",
     "logit_lens",
     "loss",
+    "open_run",
     "packed_linears",
     "patch",
     "patching",
@@ -54,7 +57,9 @@ NAMES = [
     "steer",
     "steering",
     "studies",
+    "train",
     "train_probe",
+    "training",
     "weights",
     "wrap",
 ]
@@ -184,7 +189,7 @@ def test_a_star_import_brings_the_names():
 
 def test_a_submodule_hides_no_name(seen):
     assert seen["patch"] == "hooklens.plugins.patching.activation"
-    files = {path.stem for path in Path(hl.__file__).parent.iterdir()} - {"studies"}  # which is the package itself
+    files = {path.stem for path in Path(hl.__file__).parent.iterdir()} - {"data", "studies", "training"}  # which are the packages themselves
     assert not files & set(NAMES)
 
 

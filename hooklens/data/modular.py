@@ -76,10 +76,12 @@ class Modular(TrainingData):
         }
 
 
-def modular(p: int = 113, *, operation: Literal["+", "-", "x"] = "+", fraction: float = 0.3, seed: int = 0) -> Modular:
+def modular_arithmetic(
+    p: int = 113, *, operation: Literal["+", "-", "x"] = "+", fraction: float = 0.3, seed: int = 0
+) -> Modular:
     """Addition, subtraction or multiplication modulo `p`, with a fraction of all pairs to train on.
 
-    >>> data = modular(p=5, fraction=0.8)
+    >>> data = modular_arithmetic(p=5, fraction=0.8)
     >>> len(data.pairs()[0]), len(data.pairs()[1]), data.d_vocab
     (20, 5, 6)
 

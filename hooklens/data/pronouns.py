@@ -13,8 +13,46 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
     from hooklens.pretrained.tokenizer import Tokenizer
 
-WOMEN = "Mary Anna Sarah Lisa Kate Emma Alice Susan Laura Emily Julia Jane Helen Lucy Maria Rachel Grace Rose".split()
-MEN = "John Tom James Paul David Mark Peter Jack Bob Michael Robert Daniel Adam Simon Henry George William Frank".split()
+WOMEN = [
+    "Mary",
+    "Anna",
+    "Sarah",
+    "Lisa",
+    "Kate",
+    "Emma",
+    "Alice",
+    "Susan",
+    "Laura",
+    "Emily",
+    "Julia",
+    "Jane",
+    "Helen",
+    "Lucy",
+    "Maria",
+    "Rachel",
+    "Grace",
+    "Rose",
+]
+MEN = [
+    "John",
+    "Tom",
+    "James",
+    "Paul",
+    "David",
+    "Mark",
+    "Peter",
+    "Jack",
+    "Bob",
+    "Michael",
+    "Robert",
+    "Daniel",
+    "Adam",
+    "Simon",
+    "Henry",
+    "George",
+    "William",
+    "Frank",
+]
 TEMPLATES = (
     "So {name} is a really great {role}, isn't",
     "So {name} is such a good {role}, isn't",

@@ -18,7 +18,8 @@ def word_tokenizer(words: Sequence[str], *, split: str = r"(?m:.)") -> "Tokenize
     >>> word_tokenizer(["a", "b", "="]).encode("a=b")
     [0, 2, 1]
     """
-    from tokenizers import Regex, Tokenizer as Backend, decoders, models, pre_tokenizers
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
 
     from hooklens.pretrained.tokenizer import Tokenizer
 
@@ -53,7 +54,8 @@ def byte_pair_tokenizer(texts: Iterable[str], d_vocab: int) -> "Tokenizer":
 
     Reference: Sennrich et al. (2016), "Neural machine translation of rare words with subword units", section 3.2.
     """
-    from tokenizers import Tokenizer as Backend, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
 
     from hooklens.pretrained.tokenizer import Tokenizer
 

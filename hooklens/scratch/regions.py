@@ -71,9 +71,7 @@ def _cut(region: Region, affine: Affine, thinnest: float) -> list[tuple[Region, 
     return pieces
 
 
-def halves_of(
-    polygon: Polygon, normal: Float[Tensor, "2"], offset: Float[Tensor, ""]
-) -> tuple[Polygon, Polygon]:
+def halves_of(polygon: Polygon, normal: Float[Tensor, "2"], offset: Float[Tensor, ""]) -> tuple[Polygon, Polygon]:
     """The parts of a convex polygon where normal x + offset is at least 0, and at most 0.
 
     Reference: Sutherland and Hodgman (1974), "Reentrant polygon clipping".

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooklens.core.precision import widened
 from hooklens.data.batches import Batch
-from hooklens.data.markov import MarkovSource
+from hooklens.data.markov_chains import MarkovSource
 from hooklens.data.text_windows import TextWindows
 from hooklens.metrics import kl_divergence
 from hooklens.results.result import Result
@@ -41,9 +41,9 @@ class Likelihood(Result):
 def measure_likelihood(model: "HookedTransformer", data: MarkovSource | TextWindows, *, size: int = 32) -> Likelihood:
     """How far is a model from the source of its data, in nats a token?
 
-    >>> from hooklens.data.markov import markov
+    >>> from hooklens.data.markov_chains import markov_source
     >>> from hooklens.testing import tiny_model
-    >>> measured = measure_likelihood(tiny_model(d_vocab=5), markov(5, window=8))
+    >>> measured = measure_likelihood(tiny_model(d_vocab=5), markov_source(5, window=8))
     >>> abs(measured.cross_entropy - measured.entropy - measured.kl) < 1e-9
     True
 

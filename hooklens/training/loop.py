@@ -26,8 +26,8 @@ from hooklens.training.parameter_vector import ParameterVector
 from hooklens.training.processes import Processes, processes
 from hooklens.training.recorder import Recorder, recorded_evaluations
 from hooklens.training.run_folder import RunFolder
-from hooklens.training.settings import Settings
 from hooklens.training.training_run import Run
+from hooklens.training.training_settings import Settings
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -55,8 +55,8 @@ def train(
     """Train a model in place, and record the run; a run that began in the folder `out` is resumed.
 
     >>> from hooklens.testing import tiny_model
-    >>> from hooklens.data.modular import modular
-    >>> data = modular(p=5, fraction=0.8)
+    >>> from hooklens.data.modular import modular_arithmetic
+    >>> data = modular_arithmetic(p=5, fraction=0.8)
     >>> run = train(tiny_model(d_vocab=data.d_vocab), data, steps=3, settings=Settings(batch=4))
     >>> run.steps_done, run.loss.shape
     (3, (3,))

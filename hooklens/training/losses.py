@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.precision import widened
-from hooklens.model.config import Part, _FromJson
+from hooklens.model.config import Part
 
 Logits = Float[Tensor, "*target d_vocab"]
 Targets = Int[Tensor, "*target"]
@@ -16,7 +16,7 @@ PerTarget = Float[Tensor, "*target"]
 
 
 @dataclass(frozen=True)
-class Loss(_FromJson, Part):
+class Loss(Part):
     """What training lowers: a function of the model's output and its targets, one number for each target."""
 
     slot = "loss"

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError
-from hooklens.model.config import Part, _FromJson, part
+from hooklens.model.config import Part, part
 
 _AT_ONCE = 2**17  # elements: the five vectors of an Adam step stay in a core's cache
 
@@ -18,7 +18,7 @@ Slots = Mapping[str, Vector]
 
 
 @dataclass(frozen=True)
-class Optimizer(_FromJson, Part):
+class Optimizer(Part):
     """A rule that turns gradients into changes. `slots` names the vectors that it keeps from step to step."""
 
     slot = "optimizer"

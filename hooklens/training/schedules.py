@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass
 
 from hooklens.core.errors import InputError
-from hooklens.model.config import Part, _FromJson
+from hooklens.model.config import Part
 
 
 @dataclass(frozen=True)
-class Schedule(_FromJson, Part):
+class Schedule(Part):
     """A factor of the learning rate for every step; the first `warmup` steps rise linearly to the full rate."""
 
     slot = "schedule"

@@ -36,10 +36,10 @@ class Checkpoint:
 class Run:
     """What was recorded in the folder of a run.
 
-    >>> from hooklens.data.modular import modular
+    >>> from hooklens.data.modular import modular_arithmetic
     >>> from hooklens.testing import tiny_model
     >>> from hooklens.training.loop import train
-    >>> run = train(tiny_model(d_vocab=7), modular(p=5, fraction=0.8), steps=2)
+    >>> run = train(tiny_model(d_vocab=7), modular_arithmetic(p=5, fraction=0.8), steps=2)
     >>> [checkpoint.step for checkpoint in run.checkpoints()]
     [0, 1, 2]
     """

@@ -17,14 +17,14 @@ RUN = """
 import sys
 import torch
 import hooklens.training.loop as loop
-from hooklens.data.modular import modular
+from hooklens.data.modular import modular_arithmetic
 from hooklens.testing import tiny_model
 from hooklens.training.optimizers import AdamW, Grokfast
-from hooklens.training.settings import Settings
+from hooklens.training.training_settings import Settings
 
 torch.set_num_threads(1)
 loop._SAVE_EVERY = float(sys.argv[2])
-data = modular(p=7, fraction=0.7)
+data = modular_arithmetic(p=7, fraction=0.7)
 model = tiny_model(d_vocab=data.d_vocab, dtype=torch.float64)
 settings = Settings(batch=8, optimizer=Grokfast(inner=AdamW(lr=0.01)), clip=1.0, evaluate=10, checkpoints=6)
 print("begins", flush=True)

@@ -9,16 +9,16 @@ import torch
 
 import hooklens as hl
 from hooklens.core.errors import HooklensError
-from hooklens.data.modular import modular
+from hooklens.data.modular import modular_arithmetic
 from hooklens.testing import tiny_model
 from hooklens.training import loop
 from hooklens.training.loop import Diverged, train
 from hooklens.training.optimizers import SGD, AdamW, Grokfast
-from hooklens.training.settings import Settings
 from hooklens.training.training_run import open_run
+from hooklens.training.training_settings import Settings
 
 SETTINGS = Settings(batch=4, optimizer=Grokfast(inner=AdamW(lr=0.01)), clip=0.5, evaluate=4, checkpoints=4)
-DATA = modular(p=5, fraction=0.8)
+DATA = modular_arithmetic(p=5, fraction=0.8)
 
 
 def model(seed=0):
@@ -73,7 +73,7 @@ def test_a_finished_run_is_read_again_and_the_model_takes_its_weights(uninterrup
     [
         ({"steps": 13}, "steps was 12 and is 13"),
         ({"settings": Settings(batch=8)}, "settings.batch was 4 and is 8"),
-        ({"data": modular(p=5, fraction=0.6)}, "data.fraction was 0.8 and is 0.6"),
+        ({"data": modular_arithmetic(p=5, fraction=0.6)}, "data.fraction was 0.8 and is 0.6"),
         ({"model": model(seed=1)}, "initial_weights was"),
         ({"model": tiny_model(n_layers=1, d_vocab=6)}, "config.n_layers was 2 and is 1"),
     ],

@@ -86,7 +86,7 @@ class MarkovSource(TrainingData):
         return {"task": "markov", "transitions": matrix, "window": self.window, "seed": self.seed}
 
 
-def markov(
+def markov_source(
     d_vocab: int = 8,
     *,
     transitions: Transitions | None = None,
@@ -96,7 +96,7 @@ def markov(
 ) -> MarkovSource:
     """A source with the given transition matrix, or one whose rows are drawn from a Dirichlet distribution.
 
-    >>> source = markov(transitions=torch.tensor([[0.9, 0.1], [0.5, 0.5]]))
+    >>> source = markov_source(transitions=torch.tensor([[0.9, 0.1], [0.5, 0.5]]))
     >>> round(source.entropy_rate(), 4), [round(float(p), 4) for p in source.stationary()]
     (0.3864, [0.8333, 0.1667])
     """

@@ -18,10 +18,33 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
     from hooklens.pretrained.tokenizer import Tokenizer
 
-EVENTS = (
-    "war siege strike drought famine voyage trial exhibition campaign expedition festival negotiation occupation "
-    "pilgrimage plague quarrel rebellion reform regency residence restoration revolt search tour truce"
-).split(" ")
+EVENTS = [
+    "war",
+    "siege",
+    "strike",
+    "drought",
+    "famine",
+    "voyage",
+    "trial",
+    "exhibition",
+    "campaign",
+    "expedition",
+    "festival",
+    "negotiation",
+    "occupation",
+    "pilgrimage",
+    "plague",
+    "quarrel",
+    "rebellion",
+    "reform",
+    "regency",
+    "residence",
+    "restoration",
+    "revolt",
+    "search",
+    "tour",
+    "truce",
+]
 CENTURIES = range(11, 18)
 
 

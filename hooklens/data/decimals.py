@@ -102,7 +102,7 @@ class DecimalSums(TrainingData):
         }
 
 
-def decimal_sums(
+def decimal_arithmetic(
     digits: int = 2,
     *,
     operation: Literal["+", "-", "x"] = "+",
@@ -112,7 +112,7 @@ def decimal_sums(
 ) -> DecimalSums:
     """Sums, differences or products of numbers as text; `reverse` writes answers from the last digit.
 
-    >>> data = decimal_sums(2)
+    >>> data = decimal_arithmetic(2)
     >>> data.tokenizer.to_string(data.batch(0, 1).inputs)[0][2::3]
     '+='
     """

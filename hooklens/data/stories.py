@@ -159,9 +159,7 @@ class TinyStories(TrainingData):
     @cached_property
     def vocabulary(self) -> list[str]:
         """Every word of every story, behind the mark that ends one."""
-        sentences = chain(
-            _OPENINGS, _MEETINGS, _ENDINGS, *((m.cause, m.effect, m.mend, m.mended) for m in MISHAPS)
-        )
+        sentences = chain(_OPENINGS, _MEETINGS, _ENDINGS, *((m.cause, m.effect, m.mend, m.mended) for m in MISHAPS))
         fixed = {word for sentence in sentences for word in sentence.split() if not word.startswith("{")}
         fixed |= {"was", "because", ".", "a", "the", "it", "they", *_FEELINGS, *chain(*_PRONOUNS.values())}
         fixed |= {word.capitalize() for word in fixed if word.islower()}
@@ -259,9 +257,7 @@ def entities_of(words: Sequence[str]) -> list[str]:
             labels.append(last[pronoun[lower]])
         elif lower == "they":
             labels.append("a b")
-        elif lower == "it" or lower in COLOURS or lower in _OBJECTS:
-            labels.append("o")
-        elif lower in ("a", "the") and following in COLOURS:
+        elif lower == "it" or lower in COLOURS or lower in _OBJECTS or (lower in ("a", "the") and following in COLOURS):
             labels.append("o")
         else:
             labels.append("p" if lower in PLACES else "")
