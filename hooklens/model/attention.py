@@ -13,6 +13,7 @@ from hooklens.core.precision import as_wide_as, widened
 from hooklens.core.scope import Lifetime, Scope
 from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.embed import rotate, soft_cap
+from hooklens.model.dropout import Dropout
 from hooklens.model.factored import FactoredMatrix
 from hooklens.model.kv_cache import Context, View
 from hooklens.model.linear import Linear, is_plain, matrix_of
@@ -67,6 +68,7 @@ class Attention(HookedPart):
         self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
         self.hook_z, self.hook_result = HookPoint(), HookPoint()
         self.o = Linear(d_q, cfg.d_model, bias=cfg.biases.o)
+        self.dropout = Dropout(cfg.dropout)
 
     def forward(self, x: Stream, ctx: Context, own: OwnInputs = (None, None, None)) -> Queried:
         q, k, v = self.project(x, ctx, own)
@@ -111,10 +113,10 @@ class Attention(HookedPart):
             return self.fused(q, k, v, view)
         scores = self.hook_attn_scores(self.scores(q, k, view))
         pattern = self.score.pattern(scores, view.seen if view.blank else None)
-        return self.weigh(self.hook_pattern(pattern.to(v.dtype)), v)
+        return self.weigh(self.dropout(self.hook_pattern(pattern.to(v.dtype))), v)
 
     def fusable(self, q: Queries) -> bool:
-        if not self.score.fusable or self.score.soft_cap is not None or under_transform(q):
+        if not self.score.fusable or self.score.soft_cap is not None or self.dropout.active or under_transform(q):
             return False
         if _open_blocks and differentiable_attention.innermost():
             return False

@@ -14,6 +14,7 @@ from hooklens.core.errors import InputError, WrongType
 from hooklens.core.hooks import HookedPart, HookPoint
 from hooklens.model.attention import Attention, OwnInputs
 from hooklens.model.config import BlockPart, HookedTransformerConfig, Parallel, PostNorm, PreNorm, Sandwich, same_class
+from hooklens.model.dropout import Dropout
 from hooklens.model.kv_cache import Context
 from hooklens.model.mlp import MLP, GatedMLP
 from hooklens.model.norms import Norm, Passage, make_norm
@@ -88,6 +89,7 @@ class Block(HookedPart):
         self.n_heads, self.n_kv_heads = cfg.n_heads, cfg.n_key_value_heads
         self.mlp = self.ln1 = self.ln2 = self.ln1_post = self.ln2_post = None
         self.build(cfg, layer)
+        self.dropout = Dropout(cfg.dropout)
 
     def build(self, cfg: HookedTransformerConfig, layer: int) -> None:
         """Create the modules that this block has, in their order."""
@@ -106,7 +108,7 @@ class Block(HookedPart):
         x = self.hook_resid_pre(x)
         own = self.own_inputs(x, ctx)
         raw = self.attn(self.before_attn(x), ctx, own)
-        return self.finish(ctx.select(x), self.hook_attn_out(self.attn_adds(raw)))
+        return self.finish(ctx.select(x), self.hook_attn_out(self.dropout(self.attn_adds(raw))))
 
     def finish(self, x: Stream, attn_out: Stream) -> Stream:
         """Everything after `attn_out`, given the stream `x` that entered the block."""
@@ -160,7 +162,8 @@ class Block(HookedPart):
     def mlp_out(self, stream: Stream) -> Stream:
         """The output of the MLP for the stream that it reads."""
         assert self.mlp is not None
-        return self.hook_mlp_out(self.mlp_adds(self.mlp(self.before_mlp(self.hook_mlp_in(stream)))))
+        added = self.mlp_adds(self.mlp(self.before_mlp(self.hook_mlp_in(stream))))
+        return self.hook_mlp_out(self.dropout(added))
 
     def leave(self, post: Stream) -> Stream:
         """`resid_post`, and the stream that the next block receives."""

@@ -559,6 +559,9 @@ class HookedTransformerConfig(_NamedFields):
     >>> cfg = HookedTransformerConfig(n_layers=2, d_model=16, n_ctx=32, n_heads=4, d_vocab=50)
     >>> cfg.d_head, cfg.d_mlp, cfg.mask
     (4, 64, Causal())
+
+    `dropout` is the probability with which training drops entries of the embedding, of the pattern, and of what
+    attention and MLP add to the stream (as in GPT-2); after `model.eval()` it changes nothing.
     """
 
     moved: ClassVar[dict[str, str]] = _MOVED
@@ -585,6 +588,7 @@ class HookedTransformerConfig(_NamedFields):
     biases: Biases = field(default_factory=Biases)
     tie_word_embeddings: bool = False
     init: Any = "normal"
+    dropout: float = 0.0
     model_name: str = "custom"
     folded: tuple[str, ...] = ()
 
@@ -631,6 +635,8 @@ class HookedTransformerConfig(_NamedFields):
             needed = _needed(name, int, getattr(self, name))
             if needed and not (name == "d_mlp" and self.attn_only):
                 raise InputError(f"the configuration: {name} is {getattr(self, name)!r:.80}; {needed} is needed")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout is a probability from 0 to below 1, got {self.dropout}")
         if self.n_heads % self.n_key_value_heads:
             raise InputError(f"n_heads {self.n_heads} is not a multiple of n_key_value_heads {self.n_key_value_heads}")
         if self.tie_word_embeddings and self.d_vocab_out != self.d_vocab:

@@ -19,6 +19,7 @@ from hooklens.core.terminal import visible
 from hooklens.model.attention import under_transform
 from hooklens.model.block import block_of
 from hooklens.model.config import DividedScaling, HookedTransformerConfig, Learned, Sinusoidal, TokenEmbed
+from hooklens.model.dropout import Dropout
 from hooklens.model.embed import Embedding, SinusoidalPositions, TokenEmbedding, Unembedding, VectorEmbedding
 from hooklens.model.factored import FactoredMatrix
 from hooklens.model.ids import as_ids, as_mask
@@ -87,6 +88,7 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         kind = block_of(cfg.block)
         self.blocks: Any = nn.ModuleList(kind(cfg, layer) for layer in range(cfg.n_layers))
         self.ln_final = make_norm(cfg.d_model, cfg.final_norm)
+        self.dropout = Dropout(cfg.dropout)
         self.unembed = Unembedding(cfg)
 
     def tie(self) -> None:
@@ -152,9 +154,9 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         """The residual stream that enters block 0."""
         stream = self.hook_embed(self.embed(x))
         if self.pos_embed is None:
-            return stream
+            return self.dropout(stream)
         positions = self.pos_embed(ctx.positions).to(stream.dtype)
-        return stream + self.hook_pos_embed(positions.expand(stream.shape[0], -1, -1))
+        return self.dropout(stream + self.hook_pos_embed(positions.expand(stream.shape[0], -1, -1)))
 
     def read_out(self, x: Stream, ctx: Context | None = None) -> Logits:
         """Final norm and unembedding; a context selects the position of each row."""
