@@ -23,9 +23,9 @@ _REDRAW = 0.1  # seconds between two redraws in a notebook
 
 @runtime_checkable
 class Advance(Protocol):
-    """Call it with the amount of work just done."""
+    """Call it with the amount of work just done, and a short text that the bar shows from then on."""
 
-    def __call__(self, amount: int | float = 1) -> None: ...
+    def __call__(self, amount: int | float = 1, note: str | None = None) -> None: ...
 
 
 _step: ContextVar[Callable[[int | float], None] | None] = ContextVar("hooklens_progress_step", default=None)
@@ -42,15 +42,21 @@ def progress(title: str, total: int | float, *, unit: str = "it", show: bool | N
     `show=None` follows `hl.engine(progress=...)` or the environment; by default, a terminal or notebook shows bars.
     """
     if not is_shown(show):
-        yield lambda amount=1: None
+        yield lambda amount=1, note=None: None
         return
     from rich.markup import escape
 
     around = _display.get()
     with _new_display() if around is None else nullcontext(around) as bars:
-        task = bars.add_task(escape(visible(title)), total=total, unit=unit)
+        task = bars.add_task(escape(visible(title)), total=total, unit=unit, note="")
+
+        def advance(amount: int | float = 1, note: str | None = None) -> None:
+            if note is not None:
+                bars.update(task, note=escape(visible(note)))
+            bars.advance(task, amount)
+
         try:
-            yield lambda amount=1: bars.advance(task, amount)
+            yield advance
         finally:
             bars.remove_task(task)
 
@@ -147,7 +153,8 @@ def _columns() -> tuple:
             self.text_format = "" if speed is None else f"{speed:,.3g} {task.fields['unit']}/s"
             return super().render(task)
 
-    return TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(""), TimeRemainingColumn()
+    counted = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    return *counted, TextColumn("{task.fields[note]}"), Rate(""), TimeRemainingColumn()
 
 
 def _under_a_cell() -> Any:

@@ -12,8 +12,8 @@ from hooklens.core.hooks import HookedPart, HookPoint
 from hooklens.core.precision import as_wide_as, widened
 from hooklens.core.scope import Lifetime, Scope
 from hooklens.model.config import HookedTransformerConfig
-from hooklens.model.embed import rotate, soft_cap
 from hooklens.model.dropout import Dropout
+from hooklens.model.embed import rotate, soft_cap
 from hooklens.model.factored import FactoredMatrix
 from hooklens.model.kv_cache import Context, View
 from hooklens.model.linear import Linear, is_plain, matrix_of

@@ -10,22 +10,28 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.arguments import whole
 from hooklens.core.envelope import digest
-from hooklens.core.errors import HooklensError
+from hooklens.core.fingerprint import raw_bytes
 from hooklens.core.progress_bar import progress
 from hooklens.data.batches import Batch, TrainingData
+from hooklens.model.dropout import dropout_masks
 from hooklens.pretrained.checkpoint import save
+from hooklens.training.divergence import Diverged, LossWatch, divergence_message
 from hooklens.training.parameter_vector import ParameterVector
-from hooklens.training.processes import Processes, processes
+from hooklens.training.preconditions import check_fit, check_trainable
+from hooklens.training.processes import Processes, join_processes
 from hooklens.training.recorder import Recorder, recorded_evaluations
 from hooklens.training.run_folder import RunFolder
+from hooklens.training.snapshots import SnapshotTaker, snapshot_prompts
+from hooklens.training.tensorboard_log import TensorBoardLog
 from hooklens.training.training_run import Run
 from hooklens.training.training_settings import Settings
 
@@ -34,12 +40,6 @@ if TYPE_CHECKING:
 
 _SAVE_EVERY = 30.0  # seconds between two states on disk: about what a killed run has to repeat
 _FLUSH_EVERY = 1.0  # seconds between two moments at which others see new rows
-_DIVERGED = 3.0  # times the first loss, as the mean of the last steps
-_WINDOW = 20  # steps of that mean
-
-
-class Diverged(HooklensError, ArithmeticError):
-    """The loss became NaN, infinite or far larger than at the start."""
 
 
 def train(
@@ -51,6 +51,7 @@ def train(
     settings: Settings | None = None,
     after_step: Callable[[int, float], Any] | None = None,
     show: bool | None = None,
+    tensorboard: bool = False,
 ) -> Run:
     """Train a model in place, and record the run; a run that began in the folder `out` is resumed.
 
@@ -61,96 +62,154 @@ def train(
     >>> run.steps_done, run.loss.shape
     (3, (3,))
 
-    Without `out` the run lives in a temporary folder. `after_step(step, loss)` is called after every step. A run that
-    is killed and resumed gives the same weights, bit for bit, as one that is not.
+    Without `out` the run lives in a temporary folder. `after_step(step, loss)` is called after every step.
+    `tensorboard` also writes scalars for TensorBoard into the folder. The model is in evaluation mode afterwards.
+
+    A run that is killed and resumed on the same machine gives the same weights, bit for bit, as one that is not. A run
+    with a constant schedule may be given more `steps`. Under torchrun each process takes its rows of the batch.
+
+    Raises `Diverged` if the loss becomes NaN, infinite or far larger than at the start, and `InputError` if `out` holds
+    another run, or model, data and settings do not fit each other.
     """
     settings = Settings() if settings is None else settings
     whole("steps", steps, 1)
+    check_trainable(model, data)
+    group = join_processes(model)
+    batch = check_fit(model, data, settings, group)
     folder = RunFolder(Path(tempfile.mkdtemp(prefix="hooklens-run-")) if out is None else out)
-    group = processes(model.device)
-    with folder.writing() if group.first else contextlib.nullcontext():
-        training = _Training(model, data, steps, settings, folder, group)
-        training.resume()
-        with training.recording(), _delayed_interrupt() as interrupted:
-            with progress("training", steps, unit="steps", show=show if group.first else False) as advance:
-                advance(training.step)
-                while training.step < steps and not training.is_over():
-                    loss = training.advance()
-                    advance()
-                    if after_step is not None:
-                        after_step(training.step, loss)
-                    if interrupted():
-                        training.save_state()
-                        raise KeyboardInterrupt(
-                            f"stopped after {training.step} steps; the same call goes on from there"
-                        )
-            training.save_state()
-    model.eval()
     run = Run(folder.path)
     if out is None:
         weakref.finalize(run, shutil.rmtree, folder.path, ignore_errors=True)
+    try:
+        with folder.writing() if group.first else contextlib.nullcontext():
+            training = _Training(model, data, settings, steps=steps, folder=folder, group=group)
+            training.resume()
+            with training.recording(batch, tensorboard):
+                _run(training, after_step, show)
+    finally:
+        model.eval()
     return run
+
+
+def _run(training: "_Training", after_step: Callable[[int, float], Any] | None, show: bool | None) -> None:
+    """Take the remaining steps."""
+    show = show if training.group.first else False
+    with _delayed_interrupt() as interrupted, progress("training", training.steps, unit="steps", show=show) as advance:
+        advance(training.step)
+        over, stopped = training.group.any(training.is_over(), False)
+        while training.step < training.steps and not over:
+            loss = training.advance()
+            advance(1, f"loss {loss:.4g}")
+            if after_step is not None:
+                after_step(training.step, loss)
+            over, stopped = training.group.any(training.is_over(), interrupted())
+            if stopped:
+                training.save_state()
+                raise KeyboardInterrupt(f"stopped after {training.step} steps; the same call goes on from there")
+        training.save_state()
 
 
 class _Training:
     """A run under way: everything that a step reads and changes."""
 
     def __init__(
-        self, model: Any, data: TrainingData, steps: int, settings: Settings, folder: RunFolder, group: Processes
+        self, model: Any, data: TrainingData, settings: Settings, *, steps: int, folder: RunFolder, group: Processes
     ):
         self.model, self.data, self.steps, self.settings = model, data, steps, settings
         self.folder, self.group = folder, group
         self.vector = ParameterVector(model)
+        self.spans = list(self.vector.slices.values())
         self.grads = torch.zeros_like(self.vector.values)
         self.slots = {name: torch.zeros_like(self.vector.values) for name in settings.optimizer.kept}
+        self.masks = torch.Generator(self.vector.values.device)
         self.evaluations = settings.evaluation_steps(steps)
         self.checkpoints = set(settings.checkpoint_steps(steps))
-        self.spans = list(self.vector.slices.values())
         self.step = 0
-        self.first_loss: float | None = None
-        self.last_losses: list[float] = []
+        self.watch = LossWatch()
         self.recorder: Recorder | None = None
+        self.taker: SnapshotTaker | None = None
+        self.snapshot_shapes: dict[str, list[int]] = {}
         self.saved = self.flushed = time.monotonic()
+
+    # -- beginning and end
 
     def resume(self) -> None:
         """Take the run in the folder from its last state; write what the run is if it begins here."""
-        state = self.folder.load_state() if self.folder.exists else None
         if self.group.first:
-            self.folder.begin(self._identity(state))
-        self.group.wait()
-        if state is None:
-            return
-        content, tensors = state
-        self.step, self.first_loss = content["step"], content["first_loss"]
+            state = self.folder.load_state() if self.folder.exists else None
+            identity = self._identity(state)
+            self.folder.check(identity, why_not_extended=self._why_not_extended())
+            message = self.folder.noted_divergence()
+            if message is not None:
+                raise Diverged(message)
+            if state is not None:
+                self._take(*state)
+            self.taker, self.snapshot_shapes = self._snapshot_taker()
+            self.folder.begin(identity)
+            self.folder.forget_after(self.step if state is not None else -1)
+        # Only the first process reads the folder, which the others need not see.
+        self.step = int(self.group.numbers_of_first([self.step])[0])
+        self.group.copy_first(self.vector.values, *self.slots.values())
+        self._share_losses()
+
+    def _share_losses(self) -> None:
+        watch = self.watch
+        numbers = [len(watch.last), float(watch.first is not None), watch.first or 0.0]
+        n_last, known, first = self.group.numbers_of_first(numbers)
+        last = watch.last if self.group.first else [0.0] * int(n_last)
+        self.watch = LossWatch(first if known else None, self.group.numbers_of_first(last))
+
+    def _take(self, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.step, self.watch = content["step"], LossWatch(**content["losses"])
         self.vector.values.copy_(tensors["values"])
         for name, slot in self.slots.items():
             slot.copy_(tensors[name])
-        if self.group.first:
-            self.folder.forget_after(self.step)
+
+    def _why_not_extended(self) -> str | None:
+        """Why a run of fewer steps cannot go on; None if it can."""
+        schedule = self.settings.schedule
+        if not schedule.depends_on_steps:
+            return None
+        return f"the {schedule.name} schedule depends on the planned steps; only a constant one can be extended"
 
     def _identity(self, state: tuple[dict[str, Any], dict[str, Tensor]] | None) -> dict[str, Any]:
         """What two calls that are the same run have in common. Weights: those at its start, or of its last state."""
-        now = digest([self.vector.values.cpu().view(torch.uint8).numpy().data])
-        if state is not None and torch.equal(self.vector.values.cpu(), state[1]["values"]):
-            now = self.folder.identity()["initial_weights"]
+        values = self.vector.values.cpu()
+        initial = digest([raw_bytes(values)])
+        if state is not None and torch.equal(values, state[1]["values"]):
+            initial = self.folder.identity()["initial_weights"]
+        frozen = [p for p in self.model.parameters() if not p.requires_grad]
         return {
             "steps": self.steps,
             "settings": self.settings.to_json(),
             "config": self.model.cfg.to_json(),
             "data": self.data.identity(),
             "layers": list(self.vector.layers),
-            "initial_weights": now,
+            "trained": sum(p.numel() for p in self.vector.parameters.values()),
+            "frozen_weights": digest(raw_bytes(p.detach().cpu().contiguous()) for p in frozen),
+            "initial_weights": initial,
         }
 
+    def _snapshot_taker(self) -> tuple[SnapshotTaker | None, dict[str, list[int]]]:
+        if not self.settings.snapshots:
+            return None, {}
+        prompts = snapshot_prompts(self.model, self.data, self.settings.snapshot_prompts)
+        taker = SnapshotTaker(self.model, self.settings.snapshots, prompts)
+        return taker, taker.check_size(len(self.evaluations))
+
     @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self, batch: Batch, tensorboard: bool) -> Iterator[None]:
         """Record while the block runs; a run at its start evaluates the untrained model first."""
         if not self.group.first:
             yield
             return
-        n_positions = self.data.batch(0, self.settings.batch).counts.shape[1]
+        board = TensorBoardLog(self.folder.path, list(self.vector.layers), self.step) if tensorboard else None
+        n_positions = batch.counts.shape[1]
         self.recorder = Recorder(self.folder.path, list(self.vector.layers), n_positions, keep=self.step)
+        self.recorder.tensorboard = board
         try:
+            if self.taker is not None:
+                self.recorder.take_snapshots(self.taker, self.snapshot_shapes)
             if self.step == 0:
                 self._after_step()
             yield
@@ -165,18 +224,15 @@ class _Training:
         loss = self._gradient()
         gradient_norms = self.vector.norms(self.grads)
         gradient = float(gradient_norms.norm())
-        self._check(loss, gradient, gradient_norms)
+        fault = self.watch.fault(self.step, loss, gradient)
+        if fault is not None:
+            self._diverged(fault, gradient_norms)
         if self.settings.clip is not None and gradient > self.settings.clip:
             self.grads.mul_(self.settings.clip / gradient)
         parameter_norms = self.vector.norms(self.vector.values)
         rate = self.settings.optimizer.lr * self.settings.schedule.factor(self.step, self.steps)
         self.settings.optimizer.step(
-            self.vector.values,
-            self.grads,
-            self.slots,
-            t=self.step + 1,
-            rate=rate,
-            spans=list(self.vector.slices.values()),
+            self.vector.values, self.grads, self.slots, t=self.step + 1, rate=rate, spans=self.spans
         )
         change_norms = self.vector.norms(self.grads)
         if self.recorder is not None:
@@ -190,12 +246,19 @@ class _Training:
         """Fill the gradient of the mean loss over the whole batch, of all processes; returns that loss."""
         batch = self.data.batch(self.step, self.settings.batch)
         total = int(batch.counts.sum())
+        n_rows, first_row = len(batch), self.group.first_row(len(batch))
         rows = self.group.rows(batch).to(self.vector.values.device, self.vector.values.dtype)
         self.model.train()
+        self.vector.clear_gradients()
         size = -(-len(rows) // self.settings.accumulate)
+        # The CPU's generator uses 32 bits of a seed, so seed and step are mixed into as many.
+        seed = int(np.random.SeedSequence([self.settings.seed % 2**64, self.step]).generate_state(1)[0])
         summed = torch.zeros((), dtype=torch.float64, device=self.vector.values.device)
         for start in range(0, len(rows), size):
-            losses = self._losses_of(rows.rows(start, start + size))
+            # Every pass draws the masks of the whole batch again, from the seed and the step only.
+            self.masks.manual_seed(seed)
+            with dropout_masks(self.masks, first_row=first_row + start, n_rows=n_rows):
+                losses = self._losses_of(rows.rows(start, start + size))
             part = losses.sum() / total
             part.backward()
             summed += part.detach()
@@ -204,31 +267,27 @@ class _Training:
         return float(self.group.sum(summed))
 
     def _losses_of(self, batch: Batch) -> Float[Tensor, "target"]:
-        with self._autocast():
-            output = self.model(batch.inputs)
-        return self.settings.loss(output[batch.counts], batch.targets[batch.counts])
+        return self.settings.loss(self._output(batch)[batch.counts], batch.targets[batch.counts])
 
-    def _autocast(self) -> contextlib.AbstractContextManager:
+    def _output(self, batch: Batch) -> Float[Tensor, "row pos d_vocab"]:
+        """The model's output. Under autocast logits are computed in float32 from the stream, as bfloat16 has 8 bits."""
         if self.settings.precision == "model":
-            return contextlib.nullcontext()
-        return torch.autocast(self.vector.values.device.type, dtype=torch.bfloat16)
+            return self.model(batch.inputs)
+        with torch.autocast(self.vector.values.device.type, dtype=torch.bfloat16):
+            stream = self.model(batch.inputs, stop_at_layer=self.model.cfg.n_layers)
+        return self.model.read_out(stream.float())
 
-    def _check(self, loss: float, gradient: float, norms: Tensor) -> None:
-        """Stop where the loss or the gradient is no finite number, or the loss has grown far beyond its start."""
-        self.last_losses = [*self.last_losses[-_WINDOW + 1 :], loss]
-        first = self.first_loss = loss if self.first_loss is None else self.first_loss
-        mean = sum(self.last_losses) / len(self.last_losses)
-        grown = len(self.last_losses) == _WINDOW and mean > _DIVERGED * abs(first) + 1
-        if not grown and loss == loss and abs(loss) != float("inf") and gradient < float("inf"):
-            return
-        bad = [name for name, norm in zip(self.vector.layers, norms.tolist(), strict=True) if not norm < float("inf")]
-        where = f"; the gradient is not finite in {', '.join(bad[:4])}" if bad else ""
-        kept = self.folder.checkpoint_steps() if self.group.first else []
-        raise Diverged(
-            f"training diverged in step {self.step}: the loss is {loss:.4g} (first {first:.4g}){where}; a lower "
-            f"learning rate, warm-up or clip= may help. The last checkpoint before it: "
-            f"{self.folder.checkpoint(kept[-1]) if kept else 'none'}"
-        )
+    def _diverged(self, fault: str, norms: Float[Tensor, "layer"] | None = None) -> NoReturn:
+        """Stop the run, drop checkpoints from this step on, and note for the next call what happened."""
+        finite = self.vector.norms(self.vector.values) if norms is None else norms
+        layers = [name for name, norm in zip(self.vector.layers, finite.isfinite().tolist(), strict=True) if not norm]
+        if not self.group.first:
+            raise Diverged(divergence_message(fault, layers, "in the first process"))
+        self.folder.forget_after(self.step - 1)
+        kept = self.folder.checkpoint_steps()
+        message = divergence_message(fault, layers, str(self.folder.checkpoint(kept[-1])) if kept else "none")
+        self.folder.note_divergence(message, self.step)
+        raise Diverged(message)
 
     # -- between steps
 
@@ -238,9 +297,10 @@ class _Training:
             return
         if self.step in self.evaluations:
             losses = list(self._held_out_losses())
-            if losses:
-                self.recorder.evaluation(self.step, torch.cat(losses))
+            self.recorder.evaluation(self.step, torch.cat(losses) if losses else None)
         if self.step in self.checkpoints:
+            if not bool(self.vector.norms(self.vector.values).isfinite().all()):
+                self._diverged(f"the weights after {self.step} steps are not finite")
             save(self.model, self.folder.checkpoint(self.step))
         now = time.monotonic()
         if now - self.flushed > _FLUSH_EVERY:
@@ -255,24 +315,25 @@ class _Training:
         values = self.vector.values
         for batch in self.data.held_out(self.settings.batch):
             batch = batch.to(values.device, values.dtype)
-            with torch.no_grad(), self._autocast():
-                losses = self.settings.loss(self.model(batch.inputs), batch.targets)
+            with torch.no_grad():
+                losses = self.settings.loss(self._output(batch), batch.targets)
+            if not bool(losses[batch.counts].isfinite().all()):
+                self._diverged(f"the held-out loss after {self.step} steps is not finite")
             yield losses.masked_fill(~batch.counts, float("nan")).float().cpu()
 
     def is_over(self) -> bool:
-        """Whether the held-out loss has not fallen for `patience` evaluations."""
-        if self.settings.patience is None or self.step not in self.evaluations:
+        """Whether the held-out loss has not fallen for `patience` evaluations; the first process knows."""
+        if self.recorder is None or self.settings.patience is None or self.step not in self.evaluations:
             return False
         losses = recorded_evaluations(self.folder.path)["loss"]
-        best = int(losses.argmin())
-        return len(losses) - 1 - best >= self.settings.patience
+        return len(losses) - 1 - int(losses.argmin()) >= self.settings.patience
 
     def save_state(self) -> None:
         """Write what the run resumes from, behind the rows that it belongs to."""
         if self.recorder is None:
             return
         self.recorder.flush(to_disk=True)
-        content = {"step": self.step, "first_loss": self.first_loss}
+        content = {"step": self.step, "losses": self.watch.to_json()}
         self.folder.save_state(content, {"values": self.vector.values, **self.slots})
         self.saved = time.monotonic()
 

@@ -72,4 +72,4 @@ class SquaredError(Loss):
     name = "squared_error"
 
     def __call__(self, output: Float[Tensor, "*target out"], targets: Float[Tensor, "*target out"]) -> PerTarget:
-        return (output - targets).square().sum(-1) / 2
+        return (widened(output) - targets).square().sum(-1) / 2

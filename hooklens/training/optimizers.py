@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,11 @@ class Optimizer(Part):
 
     slot = "optimizer"
     slots: ClassVar[tuple[str, ...]] = ()
-    lr: ClassVar[Any]  # the learning rate that a schedule scales: a field of rules, a property of wrappers
+
+    @property
+    def lr(self) -> float:
+        """The learning rate that a schedule scales: a field of rules; a wrapper has that of its inner rule."""
+        raise InputError(f"{type(self).__name__} has no learning rate; give it a field lr")
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -142,7 +146,7 @@ class Wrapper(Optimizer):
         super().__post_init__()
 
     @property
-    def lr(self) -> float:  # type: ignore[override]
+    def lr(self) -> float:
         return self.inner.lr
 
     @property

@@ -63,8 +63,13 @@ class ParameterVector:
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 views[name].zero_()
-        have = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
-        torch._foreach_copy_([views[name] for name in have], [self.parameters[name].grad for name in have])
+        gradients = {name: parameter.grad for name, parameter in self.parameters.items() if parameter.grad is not None}
+        if gradients:
+            torch._foreach_copy_([views[name] for name in gradients], list(gradients.values()))
+        self.clear_gradients()
+
+    def clear_gradients(self) -> None:
+        """Release the gradients of all parameters, also those that an interrupted pass or the caller left."""
         for parameter in self.parameters.values():
             parameter.grad = None
 

@@ -1,7 +1,8 @@
-"""What a run records: every step its loss and norms, at evaluations the loss of every held-out target."""
+"""What a run records: every step its loss and norms, at evaluations the held-out losses and snapshots."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,9 +10,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hooklens.core.errors import FileRefused, InputError
 from hooklens.training.row_file import RowFile, Rows, read_rows
+from hooklens.training.snapshots import Snapshots, SnapshotTaker
+from hooklens.training.tensorboard_log import TensorBoardLog
 
-STEPS, EVALUATIONS = "steps.rows", "evaluations.rows"
+STEPS, EVALUATIONS, SNAPSHOTS = "steps.rows", "evaluations.rows", "snapshots.rows"
 N_BINS = 60
 #: Edges of the histogram of losses, in nats: the first bin holds what is below 1e-4, the last what is above 100.
 LOSS_EDGES: NDArray = np.logspace(-4, 2, N_BINS - 1)
@@ -22,41 +26,71 @@ class Recorder:
 
     A step's row holds the loss, the learning rate, the norm of the whole gradient before clipping, its seconds, and for
     each layer the norms of gradient, parameters and change. An evaluation's row holds the held-out loss, a histogram of
-    the losses of all targets, and the mean loss at each position.
+    the losses of all targets, and the mean loss at each position. Snapshots are taken at evaluations.
     """
 
     def __init__(self, folder: Path, layers: Sequence[str], n_positions: int, *, keep: int = 0):
         n = len(layers)
         widths = {"loss": 1, "rate": 1, "gradient": 1, "seconds": 1}
         widths |= {"gradient_norms": n, "parameter_norms": n, "change_norms": n}
+        self.folder, self.layers, self.keep = folder, layers, keep
+        self.tensorboard: TensorBoardLog | None = None
+        self._taker: SnapshotTaker | None = None
         self._steps = RowFile(folder / STEPS, widths, keep=keep)
-        # The evaluation after step k belongs to what is kept up to step k.
+        self._files = [self._steps]
+        if self._steps.kept_steps != list(range(keep)):
+            self._steps.close()
+            raise FileRefused(
+                f"{folder / STEPS} lacks intact rows of steps that the run has taken; restore the file, or remove the "
+                "folder and begin again"
+            )
         at_end = {"loss": 1, "histogram": N_BINS, "by_position": n_positions}
-        self._evaluations = RowFile(folder / EVALUATIONS, at_end, keep=keep + 1 if keep else 0)
+        self._evaluations = self._at_evaluations(EVALUATIONS, at_end)
+
+    def _at_evaluations(self, name: str, widths: Mapping[str, int], notes: Mapping[str, Any] | None = None) -> RowFile:
+        # The evaluation after step k belongs to what is kept up to step k.
+        keep = self.keep + 1 if self.keep else 0
+        file = RowFile(self.folder / name, widths, keep=keep, notes=notes)
+        self._files.append(file)
+        return file
+
+    def take_snapshots(self, taker: SnapshotTaker, shapes: Mapping[str, list[int]]) -> None:
+        """Take snapshots at all evaluations from now on."""
+        widths = {name: int(np.prod(shape)) for name, shape in shapes.items()}
+        notes = {"shapes": dict(shapes), "prompts": taker.prompts.tolist()}
+        self._taker, self._snapshots = taker, self._at_evaluations(SNAPSHOTS, widths, notes)
 
     def step(self, step: int, scalars: Sequence[float], norms: Float[Tensor, "kind layer"]) -> None:
-        """Record loss, rate, gradient norm and seconds, and for each layer the norms of gradient, parameters, change."""
+        """Record loss, rate, gradient norm and seconds, and each layer's norms of gradient, parameters and change."""
         self._steps.append(step, [*([value] for value in scalars), *norms.numpy()])
+        if self.tensorboard is not None:
+            self.tensorboard.step(step, scalars, norms)
 
-    def evaluation(self, step: int, losses: Float[Tensor, "row pos"]) -> float:
-        """Record the losses of all held-out targets (NaN where none counts) after `step` steps; returns their mean."""
-        mean = float(losses.nanmean())
-        per_target = losses[~losses.isnan()].double().numpy()
-        histogram = np.bincount(np.digitize(per_target, LOSS_EDGES), minlength=N_BINS)
-        by_position = torch.nanmean(losses, 0).float().numpy()
-        self._evaluations.append(step, [[mean], histogram, by_position])
-        self._evaluations.flush()
-        return mean
+    def evaluation(self, step: int, losses: Float[Tensor, "row pos"] | None) -> None:
+        """Record the losses of all held-out targets (NaN where none counts) after `step` steps, and a snapshot."""
+        if losses is not None:
+            mean = float(losses.nanmean())
+            per_target = losses[~losses.isnan()].double().numpy()
+            histogram = np.bincount(np.digitize(per_target, LOSS_EDGES), minlength=N_BINS)
+            by_position = torch.nanmean(losses, 0).float().numpy()
+            self._evaluations.append(step, [[mean], histogram, by_position])
+            if self.tensorboard is not None:
+                self.tensorboard.evaluation(step, mean)
+        if self._taker is not None:
+            self._snapshots.append(step, [value.numpy() for value in self._taker.take().values()])
+        self.flush()
 
     def flush(self, *, to_disk: bool = False) -> None:
         """Make what was recorded visible to readers."""
-        self._steps.flush(to_disk=to_disk)
-        self._evaluations.flush(to_disk=to_disk)
+        for file in self._files:
+            file.flush(to_disk=to_disk)
 
     def close(self) -> None:
         """Close the files."""
-        self._steps.close()
-        self._evaluations.close()
+        for file in self._files:
+            file.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
 
 
 def recorded_steps(folder: Path) -> Rows:
@@ -67,3 +101,13 @@ def recorded_steps(folder: Path) -> Rows:
 def recorded_evaluations(folder: Path) -> Rows:
     """The rows of all evaluations so far."""
     return read_rows(folder / EVALUATIONS)
+
+
+def recorded_snapshots(folder: Path) -> Snapshots:
+    """The snapshots of all evaluations so far."""
+    if not (folder / SNAPSHOTS).exists():
+        raise InputError(f"this run takes no snapshots; train with Settings(snapshots=...) in another folder: {folder}")
+    rows = read_rows(folder / SNAPSHOTS)
+    shapes = rows.notes["shapes"]
+    values = {name: column.reshape(len(rows.steps), *shapes[name]) for name, column in rows.columns.items()}
+    return Snapshots(rows.steps, rows.notes["prompts"], values)

@@ -3,14 +3,16 @@
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hooklens.core.errors import FileRefused, InputError
+from hooklens.core.errors import FileRefused, InputError, Unavailable
 from hooklens.core.files import reading
 
 _WORD = np.dtype("<u4")
@@ -18,10 +20,11 @@ _WORD = np.dtype("<u4")
 
 @dataclass(frozen=True)
 class Rows:
-    """The columns of a file of rows. A column is one number a row, or a vector of a fixed width."""
+    """The columns of a file of rows. A column has one number, or a fixed number of them, in each row."""
 
     steps: NDArray
     columns: Mapping[str, NDArray]
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> NDArray:
         return self.columns[name]
@@ -41,24 +44,22 @@ class RowFile:
     A process that is killed leaves whole rows and at most a part of one, which readers leave out.
     """
 
-    def __init__(self, path: Path, widths: Mapping[str, int], *, keep: int = 0):
+    def __init__(self, path: Path, widths: Mapping[str, int], *, keep: int = 0, notes: Mapping[str, Any] | None = None):
         """Open the file for rows from step `keep` on; rows of earlier steps stay, later ones are cut off."""
         self.path, self.widths = path, dict(widths)
-        begin = _begin(self.widths)
-        kept = self._rows_before(keep) if keep and path.exists() else None
-        self._file = open(path, "wb" if kept is None else "r+b")  # noqa: SIM115  # closed by close()
-        if kept is None:
-            self._file.write(begin)
-            self._file.flush()
-        else:
-            self._file.truncate(len(begin) + kept * _row_bytes(self.widths))
-            self._file.seek(0, os.SEEK_END)
-
-    def _rows_before(self, step: int) -> int:
-        rows = read_rows(self.path)
-        if list(_widths(self.path)[0].items()) != list(self.widths.items()):
-            raise FileRefused(f"{self.path} has other columns than this run writes; choose another folder")
-        return int(np.searchsorted(rows.steps, step))
+        begin = _begin(self.widths, {} if notes is None else notes)
+        self.kept_steps: list[int] = []
+        resumes = keep > 0 and path.exists()
+        if resumes:
+            self.kept_steps = _steps_before(path, keep, begin)
+        with _writing(path):
+            self._file = open(path, "r+b" if resumes else "wb")  # noqa: SIM115  # closed by close()
+            if resumes:
+                self._file.truncate(len(begin) + len(self.kept_steps) * _row_bytes(self.widths))
+                self._file.seek(0, os.SEEK_END)
+            else:
+                self._file.write(begin)
+                self._file.flush()
 
     def append(self, step: int, values: Sequence[Sequence[float] | NDArray]) -> None:
         """Write the row of one step, a sequence of values for each column in order."""
@@ -66,17 +67,20 @@ class RowFile:
         if len(row) != sum(self.widths.values()):
             raise InputError(f"a row of {self.path.name} has {sum(self.widths.values())} numbers, got {len(row)}")
         content = np.array([step], dtype="<u8").tobytes() + row.tobytes()
-        self._file.write(content + np.array([zlib.crc32(content)], dtype=_WORD).tobytes())
+        with _writing(self.path):
+            self._file.write(content + np.array([zlib.crc32(content)], dtype=_WORD).tobytes())
 
     def flush(self, *, to_disk: bool = False) -> None:
         """Make the rows visible to readers; `to_disk` also survives a loss of power."""
-        self._file.flush()
-        if to_disk:
-            os.fsync(self._file.fileno())
+        with _writing(self.path):
+            self._file.flush()
+            if to_disk:
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Write what is buffered and close the file."""
-        self._file.close()
+        with _writing(self.path):
+            self._file.close()
 
     def __enter__(self) -> "RowFile":
         return self
@@ -88,18 +92,13 @@ class RowFile:
 def read_rows(path: Path) -> Rows:
     """The whole rows of a file that `RowFile` writes or wrote. A row that was changed afterwards is refused."""
     with reading(path, "the record of a run"):
-        widths, start = _widths(path)
+        header, raw = _read(path)
+        widths = header["columns"]
         size = _row_bytes(widths)
-        with open(path, "rb") as file:
-            file.seek(start)
-            raw = file.read()
-        raw = raw[: len(raw) // size * size]
-        table = np.frombuffer(raw, dtype=np.uint8).reshape(-1, size)
-        sums = np.ascontiguousarray(table[:, -4:]).view(_WORD)[:, 0]
-        content = size - 4
-        wrong = [i for i in range(len(table)) if zlib.crc32(raw[i * size : i * size + content]) != sums[i]]
-        if wrong:
-            raise FileRefused(f"{path} is damaged: row {wrong[0]} is not what its checksum says")
+        table = np.frombuffer(raw, dtype=np.uint8, count=len(raw) // size * size).reshape(-1, size)
+        for i in range(len(table)):
+            if not _intact(raw, i * size, size):
+                raise FileRefused(f"{path} is damaged: row {i} is not what its checksum says")
     steps = np.ascontiguousarray(table[:, :8]).view("<u8")[:, 0].astype(np.int64)
     numbers = np.ascontiguousarray(table[:, 8:-4]).view("<f4")
     edges = np.cumsum([0, *widths.values()])
@@ -107,21 +106,54 @@ def read_rows(path: Path) -> Rows:
         name: numbers[:, edges[i]] if width == 1 else numbers[:, edges[i] : edges[i + 1]]
         for i, (name, width) in enumerate(widths.items())
     }
-    return Rows(steps, columns)
+    return Rows(steps, columns, header["notes"])
 
 
-def _begin(widths: Mapping[str, int]) -> bytes:
-    return json.dumps({"schema": "hooklens.rows", "version": 1, "columns": widths}).encode() + b"\n"
+def _steps_before(path: Path, step: int, begin: bytes) -> list[int]:
+    """The steps of the intact rows before a step. What follows them may be anything: it is written again."""
+    with reading(path, "the record of a run"):
+        header, raw = _read(path)
+        if not path.read_bytes().startswith(begin):
+            raise FileRefused(f"{path} has other columns than this run writes; choose another folder")
+        size, steps = _row_bytes(header["columns"]), []
+        for start in range(0, len(raw) // size * size, size):
+            here = int(np.frombuffer(raw, dtype="<u8", count=1, offset=start)[0])
+            if here >= step or not _intact(raw, start, size):
+                break
+            steps.append(here)
+    return steps
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn an error of the system, such as a full disk, into one that says which file could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise Unavailable(
+            f"cannot write {str(path)!r}: {error.strerror or error}; free some space, and the same call goes on from "
+            "the last state"
+        ) from error
+
+
+def _begin(widths: Mapping[str, int], notes: Mapping[str, Any]) -> bytes:
+    header = {"schema": "hooklens.rows", "version": 1, "columns": widths, "notes": notes}
+    return json.dumps(header).encode() + b"\n"
 
 
 def _row_bytes(widths: Mapping[str, int]) -> int:
     return 8 + 4 * sum(widths.values()) + 4
 
 
-def _widths(path: Path) -> tuple[dict[str, int], int]:
+def _intact(raw: bytes, start: int, size: int) -> bool:
+    stop = start + size - 4
+    return zlib.crc32(raw[start:stop]) == int(np.frombuffer(raw, dtype=_WORD, count=1, offset=stop)[0])
+
+
+def _read(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The header and all rows of a file."""
     with open(path, "rb") as file:
-        line = file.readline(2**20)
-    header = json.loads(line)
-    if header.get("schema") != "hooklens.rows" or header.get("version") != 1:
-        raise FileRefused(f"{path} is no record of a run that this hooklens reads")
-    return header["columns"], len(line)
+        header = json.loads(file.readline(2**24))
+        if header.get("schema") != "hooklens.rows" or header.get("version") != 1:
+            raise FileRefused(f"{path} is no record of a run that this hooklens reads")
+        return header, file.read()

@@ -1,6 +1,7 @@
 """The folder of a run: what identifies it, what it recorded, its checkpoints, and the state that it resumes from."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from hooklens.core.arguments import path_of
 from hooklens.core.envelope import Schema, read_envelope, write_envelope
-from hooklens.core.errors import InputError, Unavailable
+from hooklens.core.errors import FileRefused, InputError, Unavailable
 from hooklens.core.files import make_folder
 
 RUN = Schema("hooklens.run", 1, "a run", "hl.train", as_json=True)
+DIVERGED = Schema("hooklens.diverged_run", 1, "where a run diverged", "hl.train", as_json=True)
 STATE = Schema("hooklens.training_state", 1, "the state of a run", "hl.train")
-_LOCK = ".lock"
+_LOCK, _UNFINISHED = ".lock", ".hooklens-"
 _CHECKPOINT = "step_{:09d}.safetensors"
 
 
@@ -23,7 +25,7 @@ class RunFolder:
     """The files of one run, and which process writes them.
 
     `run.json` says what the run is; `steps.rows` and `evaluations.rows` grow as it goes; `checkpoints/` holds models
-    that `hl.load` reads; `state.safetensors` is what the run resumes from.
+    that `hl.load` reads; `state.safetensors` is what the run resumes from; `diverged.json` says where it diverged.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -38,26 +40,50 @@ class RunFolder:
         """What the run is: its settings, configuration, data and number of steps."""
         return read_envelope(self.path / "run.json", RUN).content
 
-    def begin(self, identity: Mapping[str, Any]) -> None:
-        """Write what the run is, or compare it with what began here before."""
+    def check(self, identity: Mapping[str, Any], *, why_not_extended: str | None = None) -> None:
+        """Raise if other files or another run are here. More steps are refused with the reason `why_not_extended`."""
         if not self.exists:
-            if self.path.is_dir() and any(file.name != _LOCK for file in self.path.iterdir()):
+            if self.path.is_dir() and any(
+                not file.name.startswith((_LOCK, _UNFINISHED)) for file in self.path.iterdir()
+            ):
                 raise InputError(f"out={str(self.path)!r} holds other files; give a new folder, or that of a run")
-            make_folder(self.path / "checkpoints")
-            write_envelope(self.path / "run.json", RUN, dict(identity))
             return
-        differences = list(_differences(self.identity(), identity))
+        before, now = self.identity(), _plain(identity)
+        more_steps = now["steps"] > before["steps"]
+        if more_steps and why_not_extended is None:
+            before = before | {"steps": now["steps"]}
+        differences = list(_differences(before, now))
         if differences:
+            why = f" ({why_not_extended})" if more_steps and why_not_extended is not None else ""
             raise InputError(
-                f"{str(self.path)!r} holds another run: {'; '.join(differences[:3])}; give another folder for out=, or "
-                "train with what that run began with"
+                f"{str(self.path)!r} holds another run: {'; '.join(differences[:3])}{why}; give another folder for "
+                "out=, or train with what that run began with"
             )
+
+    def begin(self, identity: Mapping[str, Any]) -> None:
+        """Write what the run is, unless that is what stands here."""
+        # run.json comes first: a folder without it that a killed process left is empty, and can be used again.
+        if not self.exists or self.identity() != _plain(identity):
+            write_envelope(self.path / "run.json", RUN, _plain(identity))
+        make_folder(self.path / "checkpoints")
+
+    def note_divergence(self, message: str, step: int) -> None:
+        """Write that the run diverged, so that the next call says so at once."""
+        write_envelope(self.path / "diverged.json", DIVERGED, {"message": message, "step": step})
+
+    def noted_divergence(self) -> str | None:
+        """The message of a run that diverged."""
+        path = self.path / "diverged.json"
+        return read_envelope(path, DIVERGED).content["message"] if path.is_file() else None
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the run for this process; another process that holds it raises."""
         make_folder(self.path)
-        handle = open(self.path / _LOCK, "a+")  # noqa: SIM115  # closed below: the lock lasts as long as the handle
+        try:  # closed below: the lock lasts as long as the handle
+            handle = open(self.path / _LOCK, "a+")  # noqa: SIM115
+        except OSError as error:
+            raise Unavailable(f"cannot write in {str(self.path)!r}: {error.strerror}; give another out=") from error
         try:
             _lock(handle, self.path)
             yield
@@ -88,8 +114,11 @@ class RunFolder:
         path = self.path / "state.safetensors"
         if not path.is_file():
             return None
-        envelope = read_envelope(path, STATE)
-        return envelope.content, dict(envelope.tensors())
+        try:
+            envelope = read_envelope(path, STATE)
+            return envelope.content, dict(envelope.tensors())
+        except FileRefused as error:
+            raise FileRefused(f"{error}; or remove it, and the run starts again from its first step") from error
 
 
 def _lock(handle: Any, path: Path) -> None:
@@ -110,12 +139,16 @@ def _lock(handle: Any, path: Path) -> None:
     handle.flush()
 
 
+def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON would give it back: lists for tuples."""
+    return json.loads(json.dumps(dict(identity)))
+
+
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
     """Where two nested dicts of plain values differ, in words."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in {**before, **now}:
             yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
         return
-    before, now = (list(value) if isinstance(value, tuple) else value for value in (before, now))
     if before != now:
         yield f"{name} was {before!r:.60} and is {now!r:.60}"

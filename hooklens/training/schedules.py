@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from hooklens.core.errors import InputError
 from hooklens.model.config import Part
@@ -12,6 +13,8 @@ class Schedule(Part):
     """A factor of the learning rate for every step; the first `warmup` steps rise linearly to the full rate."""
 
     slot = "schedule"
+    #: Whether the rate in a step depends on how many steps are planned; if not, a run may be extended.
+    depends_on_steps: ClassVar[bool] = True
     warmup: int = 0
 
     def factor(self, step: int, steps: int) -> float:
@@ -34,6 +37,7 @@ class Constant(Schedule):
     """The full rate after the warm-up. Only this schedule does not depend on how many steps are planned."""
 
     name = "constant"
+    depends_on_steps = False
 
     def after_warmup(self, step: int, steps: int) -> float:
         return 1.0

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from hooklens.core.errors import InputError
 from hooklens.pretrained.checkpoint import load_checkpoint
 from hooklens.results.table import Table
-from hooklens.training.recorder import recorded_evaluations, recorded_steps
+from hooklens.training.recorder import recorded_evaluations, recorded_snapshots, recorded_steps
 from hooklens.training.row_file import Rows
 from hooklens.training.run_folder import RunFolder
+from hooklens.training.snapshots import Snapshots
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -63,6 +64,16 @@ class Run:
     def evaluations(self) -> Rows:
         """Every evaluation so far: loss, histogram, by_position."""
         return recorded_evaluations(self.path)
+
+    def snapshots(self) -> Snapshots:
+        """The activations that `Settings(snapshots=...)` chose, after every evaluation so far."""
+        return recorded_snapshots(self.path)
+
+    def update_ratios(self) -> NDArray:
+        """The norm of each step's change over that of the parameters, [step, layer]; about 1e-3 is usual."""
+        rows = self.steps()
+        norms = rows["parameter_norms"]
+        return np.divide(rows["change_norms"], norms, out=np.full_like(norms, np.nan), where=norms > 0)
 
     @property
     def steps_done(self) -> int:

@@ -1,6 +1,6 @@
 """The settings of a run: together with the model, the data and the number of steps they determine it bit for bit."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -12,6 +12,7 @@ from hooklens.model.config import part
 from hooklens.training.losses import CrossEntropy
 from hooklens.training.optimizers import AdamW
 from hooklens.training.schedules import Cosine
+from hooklens.training.snapshots import checked_choice
 
 _PRECISIONS = ("model", "bfloat16")
 _SLOTS = ("optimizer", "schedule", "loss")
@@ -29,6 +30,11 @@ class Settings:
     bounds the norm of the whole gradient (None: no bound). `precision` "bfloat16" runs the passes under autocast with
     the weights in the model's dtype. `evaluate` and `checkpoints` are numbers of moments in the run: evaluations at
     equal distances, checkpoints at equal ratios. `patience` stops after as many evaluations without a lower loss.
+    `seed` determines the dropout masks (model and data have seeds of their own).
+
+    `snapshots` are activations to keep at every evaluation: names of hook points, short names ("pattern": all layers),
+    or a name with layer and head (["pattern", 0, 1]). They are taken on `snapshot_prompts`: token ids, equally many in
+    each prompt, or the number of rows to use of the held-out data.
     """
 
     batch: int = 32
@@ -42,6 +48,8 @@ class Settings:
     evaluate: int = 50
     checkpoints: int = 20
     patience: int | None = None
+    snapshots: Any = ()
+    snapshot_prompts: Any = 2
 
     def __post_init__(self) -> None:
         for name in _SLOTS:
@@ -57,6 +65,12 @@ class Settings:
         if self.patience is not None:
             whole("patience", self.patience, 1)
         seed_number(self.seed)
+        object.__setattr__(self, "snapshots", checked_choice(self.snapshots))
+        if isinstance(self.snapshot_prompts, Sequence):
+            prompts = tuple(tuple(int(token) for token in prompt) for prompt in self.snapshot_prompts)
+            object.__setattr__(self, "snapshot_prompts", prompts)
+        else:
+            whole("snapshot_prompts", self.snapshot_prompts, 1)
 
     def to_json(self) -> dict[str, Any]:
         """The settings as plain values."""

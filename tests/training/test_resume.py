@@ -108,7 +108,7 @@ def test_a_second_writer_is_refused_with_the_process_of_the_first(tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_checkpoint(tmp_path):
     settings = Settings(batch=4, optimizer=SGD(lr=1e11), schedule="constant", evaluate=1)
-    with pytest.raises(Diverged, match=r"training diverged in step \d.*The last checkpoint before it: .*step_"):
+    with pytest.raises(Diverged, match=r"the loss of step \d is nan.*The last checkpoint before it: .*step_"):
         train(model(), DATA, steps=50, out=tmp_path / "run", settings=settings)
     kept = open_run(tmp_path / "run").checkpoints()
     assert kept and all(bool(torch.isfinite(p).all()) for p in kept[0].load().parameters())

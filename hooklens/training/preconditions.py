@@ -1,0 +1,88 @@
+"""What is checked before a run begins: that model, data and settings fit each other."""
+
+from typing import Any
+
+import torch
+
+from hooklens.core.errors import InputError, WrongType
+from hooklens.data.batches import Batch, TrainingData
+from hooklens.model.config import TokenEmbed
+from hooklens.model.transformer import HookedTransformer, need_hooked
+from hooklens.training.losses import SquaredError
+from hooklens.training.processes import Processes
+from hooklens.training.training_settings import Settings
+
+
+def check_fit(model: HookedTransformer, data: TrainingData, settings: Settings, group: Processes) -> Batch:
+    """Raise unless the model can be trained on the data with these settings; returns the first batch."""
+    if not isinstance(settings, Settings):
+        raise WrongType(f"settings= takes hooklens.training.Settings(...), got {settings!r:.80}")
+    check_precision(settings.precision, model.device, model.dtype)
+    batch = data.batch(0, settings.batch)
+    group.first_row(len(batch))
+    _check_inputs(model, data, batch)
+    _check_targets(model, batch, settings.loss)
+    if settings.patience is not None and next(data.held_out(1), None) is None:
+        raise InputError("patience= stops by the held-out loss, and these data hold nothing out; leave patience out")
+    return batch
+
+
+def check_precision(precision: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise unless passes can run in this precision.
+
+    >>> check_precision("bfloat16", torch.device("meta"), torch.float32)
+    Traceback (most recent call last):
+    ...
+    hooklens.core.errors.InputError: precision='bfloat16' needs autocast, which the device meta lacks; leave it out
+    """
+    if precision == "model":
+        return
+    has_none = device.type == "cuda" and not torch.cuda.is_bf16_supported()
+    if has_none or not torch.amp.is_autocast_available(device.type):
+        raise InputError(f"precision='bfloat16' needs autocast, which the device {device} lacks; leave it out")
+    if dtype != torch.float32:
+        raise InputError(
+            f"precision='bfloat16' keeps weights in float32, and this model has {dtype}; call model.float()"
+        )
+
+
+def check_trainable(model: Any, data: Any) -> None:
+    """Raise for objects that are no model or no data of training."""
+    need_hooked(model, "hl.train")
+    if not isinstance(data, TrainingData):
+        raise WrongType(f"hl.train reads data of hl.data, such as hl.data.modular_arithmetic(); got {data!r:.80}")
+
+
+def _check_inputs(model: HookedTransformer, data: Any, batch: Batch) -> None:
+    n_pos, n_ctx, d_vocab = batch.inputs.shape[1], model.cfg.n_ctx, model.cfg.d_vocab
+    if n_pos > n_ctx:
+        raise InputError(f"the data have {n_pos} positions, this model has n_ctx {n_ctx}; use a smaller window")
+    if not isinstance(model.cfg.embed, TokenEmbed):
+        d_in = model.cfg.embed.d_in
+        if not batch.inputs.is_floating_point() or batch.inputs.shape[-1] != d_in:
+            seen = f"vectors of {batch.inputs.shape[-1]}" if batch.inputs.is_floating_point() else "tokens"
+            raise InputError(f"this model reads vectors of {d_in} numbers, and the data are {seen}")
+        return
+    if batch.inputs.is_floating_point():
+        raise InputError(
+            f"the data are vectors, and this model reads tokens; give embed=VectorEmbed(d_in={batch.inputs.shape[-1]})"
+        )
+    needed = max(getattr(data, "d_vocab", 0), int(batch.inputs.max()) + 1)
+    if needed > d_vocab:
+        raise InputError(f"the data have {needed} tokens, this model has d_vocab {d_vocab}; give d_vocab={needed}")
+
+
+def _check_targets(model: HookedTransformer, batch: Batch, loss: Any) -> None:
+    d_out = model.cfg.d_vocab_out
+    if isinstance(loss, SquaredError) != batch.targets.is_floating_point():
+        kind = "vectors, for the loss 'squared_error'" if batch.targets.is_floating_point() else "tokens"
+        raise InputError(f"the targets are {kind}, and the loss is {loss.name!r}")
+    if batch.targets.is_floating_point():
+        if batch.targets.shape[-1] != d_out:
+            raise InputError(
+                f"targets have {batch.targets.shape[-1]} numbers, the model's output {d_out} (d_vocab_out)"
+            )
+        return
+    needed = int(batch.targets[batch.counts].max()) + 1
+    if needed > d_out:
+        raise InputError(f"the targets reach token {needed - 1}, this model has d_vocab_out {d_out}; make it larger")
