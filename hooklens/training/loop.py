@@ -26,7 +26,7 @@ from hooklens.model.dropout import dropout_masks
 from hooklens.pretrained.checkpoint import save
 from hooklens.training.divergence import Diverged, LossWatch, divergence_message
 from hooklens.training.parameter_vector import ParameterVector
-from hooklens.training.preconditions import check_fit, check_trainable
+from hooklens.training.preconditions import check_fit, check_trainable, held_out_batches
 from hooklens.training.processes import Processes, join_processes
 from hooklens.training.recorder import Recorder, recorded_evaluations
 from hooklens.training.run_folder import RunFolder
@@ -148,13 +148,13 @@ class _Training:
             self.folder.begin(identity)
             self.folder.forget_after(self.step if state is not None else -1)
         # Only the first process reads the folder, which the others need not see.
-        self.step = int(self.group.numbers_of_first([self.step])[0])
+        self.step = int(self.group.numbers_of_first([float(self.step)])[0])
         self.group.copy_first(self.vector.values, *self.slots.values())
         self._share_losses()
 
     def _share_losses(self) -> None:
         watch = self.watch
-        numbers = [len(watch.last), float(watch.first is not None), watch.first or 0.0]
+        numbers = [float(len(watch.last)), float(watch.first is not None), watch.first or 0.0]
         n_last, known, first = self.group.numbers_of_first(numbers)
         last = watch.last if self.group.first else [0.0] * int(n_last)
         self.watch = LossWatch(first if known else None, self.group.numbers_of_first(last))
@@ -313,7 +313,7 @@ class _Training:
         """The loss of every held-out target, NaN where none counts."""
         self.model.eval()
         values = self.vector.values
-        for batch in self.data.held_out(self.settings.batch):
+        for batch in held_out_batches(self.data, self.settings.batch):
             batch = batch.to(values.device, values.dtype)
             with torch.no_grad():
                 losses = self.settings.loss(self._output(batch), batch.targets)

@@ -13,7 +13,7 @@ from hooklens.model.config import Part, part
 
 _AT_ONCE = 2**17  # elements: the five vectors of an Adam step stay in a core's cache
 
-Vector = Float[Tensor, "parameter"]
+Vector = Float[Tensor, "*parameter"]
 Slots = Mapping[str, Vector]
 
 

@@ -53,7 +53,7 @@ class ParameterVector:
         """The part of each parameter in a vector of this layout, in the parameter's shape."""
         return {name: vector[where].view(self.parameters[name].shape) for name, where in self.slices.items()}
 
-    def by_layer(self, vector: Vector) -> list[Vector]:
+    def by_layer(self, vector: Vector) -> list[Tensor]:
         """The part of each layer in a vector of this layout."""
         return [vector[where] for where in self.layers.values()]
 

@@ -1,5 +1,6 @@
 """What is checked before a run begins: that model, data and settings fit each other."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,9 +23,14 @@ def check_fit(model: HookedTransformer, data: TrainingData, settings: Settings, 
     group.first_row(len(batch))
     _check_inputs(model, data, batch)
     _check_targets(model, batch, settings.loss)
-    if settings.patience is not None and next(data.held_out(1), None) is None:
+    if settings.patience is not None and next(held_out_batches(data, 1), None) is None:
         raise InputError("patience= stops by the held-out loss, and these data hold nothing out; leave patience out")
     return batch
+
+
+def held_out_batches(data: TrainingData, size: int) -> Iterator[Batch]:
+    """The held-out batches that have rows."""
+    return (batch for batch in data.held_out(size) if len(batch))
 
 
 def check_precision(precision: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,17 @@ class RowFile:
             self.kept_steps = _steps_before(path, keep, begin)
         with _writing(path):
             self._file = open(path, "r+b" if resumes else "wb")  # noqa: SIM115  # closed by close()
-            if resumes:
-                self._file.truncate(len(begin) + len(self.kept_steps) * _row_bytes(self.widths))
-                self._file.seek(0, os.SEEK_END)
-            else:
-                self._file.write(begin)
-                self._file.flush()
+            try:
+                if resumes:
+                    self._file.truncate(len(begin) + len(self.kept_steps) * _row_bytes(self.widths))
+                    self._file.seek(0, os.SEEK_END)
+                else:
+                    self._file.write(begin)
+                    self._file.flush()
+            except OSError:
+                with suppress(OSError):
+                    self._file.close()
+                raise
 
     def append(self, step: int, values: Sequence[Sequence[float] | NDArray]) -> None:
         """Write the row of one step, a sequence of values for each column in order."""

@@ -90,7 +90,7 @@ def snapshot_prompts(model: HookedTransformer, data: Any, asked: int | Sequence[
             raise InputError(f"snapshot_prompts are token ids, equally many in each; got lengths {sorted(lengths)}")
         return torch.tensor(asked)
     first = next(data.held_out(asked), None)
-    batch = data.batch(0, asked) if first is None else first
+    batch = first if first is not None and len(first) else data.batch(0, asked)
     inputs = batch.inputs[:asked]
     return inputs.to(model.dtype) if inputs.is_floating_point() else inputs
 

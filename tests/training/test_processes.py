@@ -25,7 +25,7 @@ from hooklens.training.training_settings import Settings
 torch.set_num_threads(1)
 loop._SAVE_EVERY = float(sys.argv[2])
 data = modular_arithmetic(p=7, fraction=0.7)
-model = tiny_model(d_vocab=data.d_vocab, dtype=torch.float64)
+model = tiny_model(d_vocab=data.d_vocab, dtype=torch.float64, dropout=0.1)
 settings = Settings(batch=8, optimizer=Grokfast(inner=AdamW(lr=0.01)), clip=1.0, evaluate=10, checkpoints=6)
 print("begins", flush=True)
 loop.train(model, data, steps=int(sys.argv[3]), out=sys.argv[1], settings=settings)
@@ -68,23 +68,28 @@ def test_killed_at_twenty_instants_and_resumed_is_bit_for_bit_the_uninterrupted_
     assert kills >= 20
 
 
+def torchrun(path, text, count, steps):
+    """What `count` processes print that run a script together."""
+    path.mkdir()
+    (path / "script.py").write_text(text)
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", str(path / "script.py"))
+    return started(path / "run", 1e9, steps, *launcher).communicate()
+
+
+@pytest.mark.slow
+def test_the_first_of_two_processes_stops_both_early(tmp_path):
+    text = RUN.replace("evaluate=10", "evaluate=20, patience=2").replace("lr=0.01", "lr=0.0, weight_decay=0.0")
+    output, error = torchrun(tmp_path / "early", text, 2, 20)
+    assert output.count("ended") == 2, error
+    assert open_run(tmp_path / "early" / "run").steps_done == 2
+
+
 @pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(tmp_path):
-    (tmp_path / "script.py").write_text(RUN)
     for count in (1, 2):
-        child = started(
-            tmp_path / str(count),
-            1e9,
-            20,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={count}",
-            str(tmp_path / "script.py"),
-        )
-        output, error = child.communicate()
+        output, error = torchrun(tmp_path / str(count), RUN, count, 20)
         assert output.count("ended") == count, error
-    one, two = (open_run(tmp_path / str(count)) for count in (1, 2))
+    one, two = (open_run(tmp_path / str(count) / "run") for count in (1, 2))
     assert len(one.loss) == 20
     assert np.abs(one.loss - two.loss).max() < 1e-6
     first, second = (hl.load(run.checkpoints()[-1].path).state_dict() for run in (one, two))

@@ -22,10 +22,11 @@ from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens.least_squares import stream_sizes
 from hooklens.plugins.lens.reading import check_quiet, expected, prompts_at_once, read_streams, streams_of
 from hooklens.plugins.lens.translators import LENS_SCHEMA, TunedLens
+from hooklens.training.optimizers import Adam
 
 _LOGITS_AT_ONCE = 16 * 2**20  # about four tensors of this size exist during a gradient
 _SECONDS_BETWEEN_FILES = 60.0
-_BETA1, _BETA2, _EPS = 0.9, 0.98, 1e-8
+_ADAM = Adam(betas=(0.9, 0.98))
 
 Maps = Float[Tensor, "layer in d_model"]
 
@@ -212,13 +213,9 @@ def _final(model, stream: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_
 
 def advanced(state: State, grads: Maps, loss: Float[Tensor, "layer"], rate: float) -> State:
     """One step of Adam (Kingma and Ba 2015, algorithm 1)."""
-    t = state.step + 1
-    first = state.first.lerp(grads, 1 - _BETA1)
-    second = state.second.lerp(grads.square(), 1 - _BETA2)
-    change = (first / (1 - _BETA1**t)) / ((second / (1 - _BETA2**t)).sqrt() + _EPS)
-    return replace(
-        state, maps=state.maps - rate * change, first=first, second=second, loss=torch.cat([state.loss, loss[None]])
-    )
+    change, slots = grads.clone(), {"first": state.first.clone(), "second": state.second.clone()}
+    _ADAM.adapt(change, slots, state.step + 1, rate)
+    return replace(state, maps=state.maps + change, **slots, loss=torch.cat([state.loss, loss[None]]))
 
 
 def window_kl(
