@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 def shakespeare(
     *, tokenizer: "str | Tokenizer" = "characters", window: int = 128, d_vocab: int = 1024, seed: int = 0
 ) -> TextWindows:
-    """38 plays, 5.4 million characters; the last tenth by position is held out.
+    """38 plays, 5.0 million characters; the last tenth by position is held out.
 
     The text is an asset that is downloaded once; offline, before that, it raises with what to do. `tokenizer` and
     `d_vocab` as in `hl.data.text`.

@@ -121,4 +121,4 @@ def in_context_regression(
     if inputs not in _INPUTS:
         raise did_you_mean("distribution of inputs", inputs, _INPUTS)
     seed_number(seed)
-    return InContextRegression(d, n_points, inputs, real("noise", noise, 0), interleaved, seed=seed)
+    return InContextRegression(d, n_points, inputs, real("noise", noise, 0.0), interleaved, seed=seed)

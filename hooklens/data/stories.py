@@ -144,8 +144,10 @@ class _Teller:
             self._add(word, who)
 
     def _form(self, kind: str, name: str, form: str, known: bool) -> str:
+        if form == "it":
+            return "it"
         if kind in ("object", "place"):
-            return "it" if form == "it" else f"{'a' if form == 'new' else 'the'} {name}"
+            return f"{'a' if form == 'new' else 'the'} {name}"
         subject, other = _PRONOUNS[kind]
         if form == "him":
             return other if known else name

@@ -144,7 +144,7 @@ def empirical_divergence(log_probs: LogProbs, targets: Int[Tensor, "target"], co
     )
 
 
-def source_divergence(probs: Float[Tensor, "target d_vocab"], log_probs: LogProbs) -> Divergence:
+def source_divergence(probs: Float[Tensor, "target next_state"], log_probs: LogProbs) -> Divergence:
     """The mean divergence of predictions from known distributions; a model may have more tokens than these."""
     probs = torch.nn.functional.pad(probs, (0, log_probs.shape[1] - probs.shape[1]))
     log_ratio = torch.where(probs > 0, probs.log() - log_probs, 0.0)

@@ -35,7 +35,7 @@ def test_the_whole_table_is_right_and_split_once(p, operation):
 def test_the_split_is_stable_and_the_fraction_may_be_one():
     first, again, other = (modular_arithmetic(11, seed=seed).pairs[0] for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    whole = modular_arithmetic(5, fraction=1)
+    whole = modular_arithmetic(5, fraction=1.0)
     assert not list(whole.held_out(8)) and len(whole.batch(0, 1000)) == 25
     # a larger fraction only adds pairs, so that runs on two fractions can be compared
     assert torch.equal(modular_arithmetic(11, fraction=0.5).pairs[0][: len(first)], first)

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from refused import refused
 
 import hooklens as hl
 from hooklens.core.errors import HooklensError, InputError
@@ -21,7 +22,7 @@ def tasks(tmp_path_factory):
         "decimals": lambda seed=0: hl.data.decimal_arithmetic(2, seed=seed),
         "characters": lambda seed=0: hl.data.text(path, window=8, seed=seed),
         "byte pairs": lambda seed=0: hl.data.text(path, tokenizer="byte_pairs", d_vocab=280, window=8, seed=seed),
-        "stories": lambda seed=0: hl.data.tiny_stories(100, seed=seed),
+        "stories": lambda seed=0: hl.data.tiny_stories(90, seed=seed),
         "repeats": lambda seed=0: hl.data.random_repeats(30, length=17, seed=seed),
         "regression": lambda seed=0: hl.data.in_context_regression(3, 4, seed=seed),
         "markov": lambda seed=0: hl.data.markov_source(4, window=6, seed=seed),
@@ -70,7 +71,7 @@ def test_a_task_says_what_there_is_to_learn_and_names_its_tokens(tasks, name):
 def test_no_batch_holds_a_held_out_row(tasks, name):
     data = tasks[name]()
     held_out = {tuple(row.flatten().tolist()) for batch in data.held_out(64) for row in batch.inputs}
-    drawn = {tuple(row.flatten().tolist()) for step in range(20) for row in data.batch(step, 16).inputs}
+    drawn = {tuple(row.flatten().tolist()) for step in range(10) for row in data.batch(step, 16).inputs}
     if name == "markov":  # few states: short sequences may come twice, by chance only
         assert len(held_out & drawn) < len(held_out) / 2
     else:
@@ -146,5 +147,5 @@ def test_data_without_methods_say_what_to_define():
     ],
 )
 def test_bad_input_is_refused_before_anything_is_drawn(call, message):
-    with pytest.raises((HooklensError, AttributeError), match=message):
+    with refused((HooklensError, AttributeError), message):
         call()
