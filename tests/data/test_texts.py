@@ -97,6 +97,17 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole(tmp_path, monkeypatch, pie
     assert whole.tokenizer.to_string(cut.tokens.tolist()) == text
 
 
+def test_runs_of_spaces_are_cut_where_the_tokenizer_splits_them(tmp_path, monkeypatch):
+    path = tmp_path / "gaps.txt"
+    path.write_text("ab\n\n\n\ncd   ef\n\n gh" * 30)
+    whole = hl.data.text(path, tokenizer="byte_pairs", window=4, d_vocab=290)
+    assert "\n\n\n" in whole.vocabulary
+    for piece in range(12, 24):  # each holds the beginning of a word
+        monkeypatch.setattr(text_windows, "_PIECE", piece)
+        cut = hl.data.text(path, tokenizer=whole.tokenizer, window=4)
+        assert np.array_equal(whole.tokens, cut.tokens), piece
+
+
 def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
     monkeypatch.setattr(text_windows, "_PIECE", 2**12)
     peaks = []
