@@ -9,7 +9,8 @@ from jaxtyping import TypeCheckError
 
 
 @contextmanager
-def refused(error: type[Exception], says: str) -> Iterator[None]:
-    with pytest.raises((error, TypeCheckError)) as caught:
+def refused(error: type[Exception] | tuple[type[Exception], ...], says: str) -> Iterator[None]:
+    errors = error if isinstance(error, tuple) else (error,)
+    with pytest.raises((*errors, TypeCheckError)) as caught:
         yield
     assert isinstance(caught.value, TypeCheckError) or re.search(says, str(caught.value)), caught.value

@@ -11,10 +11,12 @@ _HOMES = {
     "ioi": "indirect_object",
     "markov_source": "markov_chains",
     "modular_arithmetic": "modular",
+    "random_repeats": "repeated",
     "repeated_tokens": "repeated",
     "shakespeare": "plays",
     "text": "text_windows",
     "tiny_stories": "stories",
+    "tiny_stories_dataset": "story_files",
 }
 
 __all__ = list(_HOMES)

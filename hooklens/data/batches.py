@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
+from numbers import Real
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from hooklens.core.arguments import seeded, whole
-from hooklens.core.errors import InputError
+from hooklens.core.arguments import seed_number, seeded, whole
+from hooklens.core.errors import ArgumentError, InputError
 
 
 @dataclass(frozen=True)
@@ -59,18 +61,54 @@ class TrainingData:
         raise InputError(f"{type(self).__name__} has no identity; define identity()")
 
 
-def epoch_rows(step: int, size: int, n: int, seed: int) -> Tensor:
+def epoch_rows(step: int, size: int, n: int, seed: int) -> Int[Tensor, "row"]:
     """The rows of a step when every one of `n` is used once an epoch, in an order drawn for each epoch.
 
     >>> torch.cat([epoch_rows(step, 2, 4, seed=0) for step in range(2)]).sort().values
     tensor([0, 1, 2, 3])
     """
     at = torch.arange(step * whole("batch", size, 1), (step + 1) * size)
-    orders = {epoch: torch.randperm(n, generator=seeded(seed, epoch)) for epoch in (at // n).unique().tolist()}
-    return torch.stack([orders[int(i) // n][i % n] for i in at])
+    parts = [at[at // n == epoch] % n for epoch in (at // n).unique()]
+    first = step * size // n
+    orders = (torch.randperm(n, generator=drawn_for(seed, first + i)) for i in range(len(parts)))
+    return torch.cat([order[part] for order, part in zip(orders, parts, strict=True)])
 
 
-def next_token_batch(tokens: Tensor) -> Batch:
+def drawn_for(seed: int, nth: int) -> torch.Generator:
+    """The generator of the nth draw of a task: other seeds give other draws at every nth.
+
+    Seed and number are hashed together, because torch's generator on the CPU reads only the last 32 bits of a seed.
+    """
+    return seeded(int.from_bytes(_hash(seed, nth)[:4], "big"))
+
+
+def hashed_share(seed: int, key: str) -> float:
+    """A number from 0 to 1 that depends on nothing but the seed and the text: what is below a share is held out.
+
+    >>> 0 <= hashed_share(0, "12+34") < 1, hashed_share(0, "12+34") == hashed_share(0, "12+34")
+    (True, True)
+    """
+    return int.from_bytes(_hash(seed, key)[:6], "big") / 2**48
+
+
+def _hash(seed: int, key: object) -> bytes:
+    return blake2b(f"{seed_number(seed)} {key}".encode(), digest_size=8).digest()
+
+
+def share(name: str, value: Any, of: str) -> float:
+    """A share above 0 and below 1.
+
+    >>> share("held_out", 1.5, "the text")
+    Traceback (most recent call last):
+    hooklens.core.errors.ArgumentError: held_out is a share of the text, above 0 and below 1; got 1.5
+    """
+    good = isinstance(value, Real) and not isinstance(value, bool)
+    if not good or not 0 < value < 1:
+        raise ArgumentError("{" + name + "} is a share of {0}, above 0 and below 1; got {1}", of, f"{value!r:.60}")
+    return float(value)
+
+
+def next_token_batch(tokens: Int[Tensor, "batch pos"]) -> Batch:
     """Windows of tokens, each of which predicts the next.
 
     >>> next_token_batch(torch.tensor([[1, 2, 3]])).targets

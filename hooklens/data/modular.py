@@ -1,23 +1,28 @@
 """Modular arithmetic: "a b =" and its answer modulo p, all pairs split once into training and held-out ones."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from numbers import Real
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.core.arguments import seeded, whole
-from hooklens.core.errors import InputError, did_you_mean
+from hooklens.core.arguments import seed_number, seeded, whole
+from hooklens.core.errors import ArgumentError, did_you_mean
 from hooklens.data.batches import Batch, TrainingData, epoch_rows
 
-_SIGNS = {"+": torch.add, "-": torch.sub, "x": torch.mul}
+_SIGNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"+": torch.add, "-": torch.sub, "x": torch.mul}
 
 
 @dataclass(frozen=True)
 class Modular(TrainingData):
-    """The table of an operation modulo `p`. Tokens 0 to p - 1 are numbers, `p` the equals sign."""
+    """The table of an operation modulo `p`. Tokens 0 to p - 1 are numbers, `p` the equals sign.
+
+    The pairs are shuffled once by the seed; the first share of them is for training, the rest is held out.
+    """
 
     p: int
     operation: str
@@ -34,10 +39,11 @@ class Modular(TrainingData):
         """What each token stands for."""
         return [*map(str, range(self.p)), "="]
 
+    @cached_property
     def pairs(self) -> tuple[Int[Tensor, "train_pair 2"], Int[Tensor, "held_out_pair 2"]]:
-        """The pairs (a, b) of training and the held-out ones."""
+        """The pairs (a, b) of training and the held-out ones: together all p x p, each once."""
         order = torch.randperm(self.p**2, generator=seeded(self.seed))
-        every = torch.cartesian_prod(torch.arange(self.p), torch.arange(self.p))[order]
+        every = torch.stack([order // self.p, order % self.p], 1)
         n = round(self.fraction * self.p**2)
         return every[:n], every[n:]
 
@@ -51,19 +57,22 @@ class Modular(TrainingData):
 
     def batch(self, step: int, size: int) -> Batch:
         """`size` training pairs; all of them in every step if there are no more than `size`."""
-        train, _ = self.pairs()
+        train, _ = self.pairs
         if size >= len(train):
             return self.examples(train)
         return self.examples(train[epoch_rows(step, size, len(train), self.seed)])
 
     def held_out(self, size: int) -> Iterator[Batch]:
         """The held-out pairs."""
-        for pairs in self.pairs()[1].split(size):
+        for pairs in self.pairs[1].split(size) if len(self.pairs[1]) else ():
             yield self.examples(pairs)
 
     def description(self) -> str:
         """What there is to learn."""
-        return f"a {self.operation} b modulo {self.p}, from {self.fraction:.0%} of all pairs"
+        return (
+            f"a {self.operation} b modulo {self.p}, from {self.fraction:.0%} of all {self.p**2} pairs; the others can "
+            "only be answered by a rule"
+        )
 
     def identity(self) -> dict[str, Any]:
         """What identifies the data."""
@@ -82,16 +91,19 @@ def modular_arithmetic(
     """Addition, subtraction or multiplication modulo `p`, with a fraction of all pairs to train on.
 
     >>> data = modular_arithmetic(p=5, fraction=0.8)
-    >>> len(data.pairs()[0]), len(data.pairs()[1]), data.d_vocab
-    (20, 5, 6)
+    >>> [len(pairs) for pairs in data.pairs], data.d_vocab
+    ([20, 5], 6)
 
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 3.
     """
     whole("p", p, 2)
+    seed_number(seed)
     if operation not in _SIGNS:
         raise did_you_mean("operation", operation, _SIGNS)
-    if not 0 < fraction <= 1 or round(fraction * p**2) < 1:
-        raise InputError(
-            f"fraction is the share of all {p**2} pairs to train on, above 0 and at most 1; got {fraction}"
+    good = isinstance(fraction, Real) and not isinstance(fraction, bool)
+    if not good or not 0 < fraction <= 1 or round(fraction * p**2) < 1:
+        raise ArgumentError(
+            "{fraction} is the share of all {0} pairs to train on, above 0, at most 1, and at least one pair; got {1}",
+            *(p**2, f"{fraction!r:.60}"),
         )
-    return Modular(p, operation, fraction, seed)
+    return Modular(p, operation, float(fraction), seed)

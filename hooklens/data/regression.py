@@ -8,20 +8,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.arguments import seeded, whole
-from hooklens.core.errors import InputError, did_you_mean
-from hooklens.data.batches import Batch, TrainingData
+from hooklens.core.arguments import real, seed_number, whole
+from hooklens.core.errors import did_you_mean
+from hooklens.data.batches import Batch, TrainingData, drawn_for
 
 _INPUTS = ("uniform", "normal")
+_EVALUATED = 512  # held-out tasks
 
 
 @dataclass(frozen=True)
 class InContextRegression(TrainingData):
     """Tokens (x_i, y_i) of `n_points` examples, then a query (x, 0) at which the answer y is asked for.
 
-    y = w x + noise with w from N(0, I); x uniform on (-1/2, 1/2) or standard normal. Each token is one vector, as in
-    von Oswald et al. (2023), appendix A; `interleaved` gives x and y tokens of their own, as in Garg et al. (2022),
-    and asks at every x.
+    y = w x + noise with w from N(0, I); x uniform on (-1/2, 1/2) or standard normal. `interleaved` gives x and y
+    tokens of their own and asks at every x, the first of which can only be guessed. There is no vocabulary: tokens are
+    vectors.
     """
 
     d: int
@@ -37,10 +38,9 @@ class InContextRegression(TrainingData):
         return self.d + 1
 
     def draw(
-        self, n: int, seed: int
+        self, n: int, generator: torch.Generator
     ) -> tuple[Float[Tensor, "task point d"], Float[Tensor, "task point"], Float[Tensor, "task d"]]:
         """Points, answers and weights of `n` tasks; the last point is the query."""
-        generator = seeded(seed)
         w = torch.randn(n, self.d, generator=generator)
         if self.inputs == "uniform":
             x = torch.rand(n, self.n_points + 1, self.d, generator=generator) - 0.5
@@ -65,20 +65,20 @@ class InContextRegression(TrainingData):
 
     def batch(self, step: int, size: int) -> Batch:
         """Fresh tasks."""
-        x, y, _ = self.draw(size, self.seed * 2**32 + 2 * step)
+        x, y, _ = self.draw(size, drawn_for(self.seed, step + 1))
         return self.tokens(x, y)
 
     def held_out(self, size: int) -> Iterator[Batch]:
         """512 tasks that no step draws."""
-        for i, start in enumerate(range(0, 512, size)):
-            x, y, _ = self.draw(min(size, 512 - start), self.seed * 2**32 + 2 * i + 1)
-            yield self.tokens(x, y)
+        x, y, _ = self.draw(_EVALUATED, drawn_for(self.seed, 0))
+        for some_x, some_y in zip(x.split(size), y.split(size), strict=True):
+            yield self.tokens(some_x, some_y)
 
     def description(self) -> str:
         """What there is to learn."""
         return (
-            f"linear regression in {self.d} dimensions from {self.n_points} examples in the context; no weights are shared "
-            "between sequences, so that only an algorithm can be learned"
+            f"linear regression in {self.d} dimensions from {self.n_points} examples in the context; no weights are "
+            "shared between sequences, so that only an algorithm can be learned"
         )
 
     def identity(self) -> dict[str, Any]:
@@ -109,11 +109,16 @@ def in_context_regression(
     >>> batch = data.batch(0, 4)
     >>> batch.inputs.shape, batch.counts[0].tolist()
     (torch.Size([4, 4, 3]), [False, False, False, True])
+
+    Without noise, least squares on at least `d` points has no error, and the ridge solution with the noise's variance
+    has the smallest one with it.
+
+    References: Garg et al. (2022), "What can transformers learn in-context?", section 2 (`interleaved`);
+    von Oswald et al. (2023), "Transformers learn in-context by gradient descent", section 3 (one vector a point).
     """
     whole("d", d, 1)
     whole("n_points", n_points, 1)
     if inputs not in _INPUTS:
         raise did_you_mean("distribution of inputs", inputs, _INPUTS)
-    if not noise >= 0:
-        raise InputError(f"noise is a standard deviation of at least 0, got {noise}")
-    return InContextRegression(d, n_points, inputs, noise, interleaved, seed)
+    seed_number(seed)
+    return InContextRegression(d, n_points, inputs, real("noise", noise, 0.0), interleaved, seed=seed)
