@@ -138,6 +138,7 @@ class _Training:
             "settings": self.settings.to_json(),
             "config": self.model.cfg.to_json(),
             "data": self.data.identity(),
+            "to_learn": self.data.description(),
             "layers": list(self.vector.layers),
             "initial_weights": now,
         }

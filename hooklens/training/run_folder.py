@@ -16,6 +16,7 @@ from hooklens.core.files import make_folder
 RUN = Schema("hooklens.run", 1, "a run", "hl.train", as_json=True)
 STATE = Schema("hooklens.training_state", 1, "the state of a run", "hl.train")
 _LOCK = ".lock"
+RECIPE = "settings.toml"  # what `hooklens train` repeats the run from; see `run_recipe`
 _CHECKPOINT = "step_{:09d}.safetensors"
 
 
@@ -41,7 +42,7 @@ class RunFolder:
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Write what the run is, or compare it with what began here before."""
         if not self.exists:
-            if self.path.is_dir() and any(file.name != _LOCK for file in self.path.iterdir()):
+            if self.path.is_dir() and any(file.name not in (_LOCK, RECIPE) for file in self.path.iterdir()):
                 raise InputError(f"out={str(self.path)!r} holds other files; give a new folder, or that of a run")
             make_folder(self.path / "checkpoints")
             write_envelope(self.path / "run.json", RUN, dict(identity))
@@ -63,6 +64,21 @@ class RunFolder:
             yield
         finally:
             handle.close()
+
+    def is_being_written(self) -> bool | None:
+        """Whether a process trains this run now; None where the system cannot tell."""
+        try:
+            import fcntl
+        except ImportError:
+            return None
+        if not (self.path / _LOCK).is_file():
+            return False
+        with open(self.path / _LOCK) as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # held for an instant
+            except OSError:
+                return True
+        return False
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint after that many steps lies."""
