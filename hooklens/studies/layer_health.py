@@ -12,13 +12,14 @@ FEWEST = 20  # steps that can be judged
 VANISHED = 1e-3  # of the median layer's gradient norm
 EXPLODED = 100.0  # times a layer's own median before
 GROWING = 0.10  # growth of a norm per doubling of the steps
+KEPT_UP = 0.9  # of the growth over the doubling before
 
 CRITERIA = (
     f"Vanishing: over the last tenth of the steps, the layer's median gradient norm is below {VANISHED:g} of that of "
     f"the median layer. Exploding: after the first tenth of the steps, a gradient norm is above {EXPLODED:g} times the "
     "layer's own median over all tenths before. Growing without bound: over the last doubling of the number of steps "
-    f"(from half of them to now) the layer's parameter norm grew by more than {GROWING:.0%}, and by no less than over "
-    f"the doubling before. Nothing is judged before step {FEWEST}."
+    f"(from half of them to now) the layer's parameter norm grew by more than {GROWING:.0%}, and by at least "
+    f"{KEPT_UP:.0%} of its growth over the doubling before. Nothing is judged before step {FEWEST}."
 )
 TERMS = {
     "layer": "a block of the model, or a part of it outside the blocks",
@@ -28,8 +29,8 @@ TERMS = {
     "largest": "the largest gradient norm of a step",
     "parameter norm": "the length of all the layer's parameters as one vector, now",
     "growth": "how much longer it became over the last doubling of the number of steps",
-    "update ratio": "length of a step's change of the parameters divided by the parameters' own, median of the last "
-    "tenth; about 0.001 is common, and values far above it mean steps that may be too large",
+    "update ratio": "length of a step's change of the parameters divided by the parameters' own, median of all "
+    "steps; about 0.001 is common, and values far above it mean steps that may be too large",
     "verdict": "by the criteria above",
 }
 
@@ -72,7 +73,7 @@ def layer_table(layers: Sequence[str], gradients: NDArray, parameters: NDArray, 
     """The numbers that are judged, a row for each layer."""
     last, largest = np.median(_last_tenth(gradients), axis=0), gradients.max(axis=0)
     middle = float(np.median(last))
-    ratio = np.median(_last_tenth(changes / np.maximum(parameters, np.finfo(np.float32).tiny)), axis=0)
+    ratio = np.median(changes / np.maximum(parameters, np.finfo(np.float32).tiny), axis=0)
     rows = [
         (
             judged.layer,
@@ -95,7 +96,7 @@ def _last_tenth(values: NDArray) -> NDArray:
 
 def _vanishing(norm: float, middle: float) -> tuple[str, str] | None:
     if middle > 0 and norm < VANISHED * middle:
-        return "vanishing", f"its gradient vanishes: {norm:.2g}, {norm / middle:.1g} of the median layer's {middle:.2g}"
+        return "vanishing", f"its gradient vanishes: {norm:.3g}, {norm / middle:.2g} of the median layer's {middle:.3g}"
     return None
 
 
@@ -106,13 +107,13 @@ def _exploding(norms: NDArray) -> tuple[str, str] | None:
         usual, largest = float(np.median(norms[:start])), float(norms[start:stop].max())
         if not largest <= EXPLODED * usual and usual > 0:
             step = start + int(norms[start:stop].argmax()) + 1
-            return "exploding", f"its gradient explodes: {largest:.2g} in step {step}, where {usual:.2g} was usual"
+            return "exploding", f"its gradient explodes: {largest:.3g} in step {step}, where {usual:.3g} was usual"
     return None
 
 
 def _growing(norms: NDArray) -> tuple[str, str] | None:
     now, before = _growth(norms)
-    if now > GROWING and now >= before:
+    if now > GROWING and now >= KEPT_UP * before:
         words = f"its parameters grow without bound so far: by {now:.0%} over the last doubling of the steps"
         return "growing", f"{words}, by {before:.0%} over the one before"
     return None
@@ -121,6 +122,6 @@ def _growing(norms: NDArray) -> tuple[str, str] | None:
 def _growth(norms: NDArray) -> tuple[float, float]:
     """By which share a norm grew over the last doubling of the number of steps, and over the one before."""
     n = len(norms)
-    quarter, half, end = norms[n // 4], norms[n // 2], norms[-1]
+    quarter, half, end = norms[max(n // 4, 1) - 1], norms[max(n // 2, 1) - 1], norms[-1]
     now = end / half - 1 if half > 0 else 0.0
     return float(now), float(half / quarter - 1 if quarter > 0 else 0.0)

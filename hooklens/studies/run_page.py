@@ -1,5 +1,6 @@
 """The page of a run: what it learns, whether its layers are healthy, and what its heads look at while it trains."""
 
+import functools
 import json
 import os
 import time
@@ -17,7 +18,7 @@ from hooklens.training.recorder import LOSS_EDGES
 from hooklens.training.row_file import Rows
 from hooklens.training.run_drawing import Thinned, loss_figure, rate_figure, rows_so_far
 from hooklens.training.run_folder import RunFolder
-from hooklens.training.training_run import Run
+from hooklens.training.training_run import Checkpoint, Run
 
 if TYPE_CHECKING:
     from hooklens.viz.report import Report
@@ -59,7 +60,7 @@ def run_report(run: Run) -> "Report":
     steps, evaluations = rows_so_far(run.path)
     report = Report(f"Training run {run.path.resolve().name}")
     if learnt := run.identity.get("to_learn"):
-        report.text(f"To learn: {learnt}.")
+        report.text(f"To learn: {learnt.rstrip('.')}.")
     report.numbers(_headline(run, state, steps, evaluations))
     if steps is None:
         report.text("No step is recorded yet.")
@@ -69,7 +70,9 @@ def run_report(run: Run) -> "Report":
         _rate(report, run, steps)
     if evaluations is not None:
         _token_losses(report, evaluations)
-    _snapshots(report, run.snapshots() if hasattr(run, "snapshots") else None)
+    if run.identity["settings"].get("snapshots") and run.checkpoints():
+        snapshots: Any = run.snapshots()  # type: ignore[attr-defined]
+        _snapshots(report, snapshots, _tokenizer_of(run.checkpoints()[0]))
     _settings(report, run)
     return _checkpoints(report, run)
 
@@ -141,7 +144,9 @@ def _layers(report: "Report", layers: Sequence[str], steps: Rows) -> None:
     sentences = [layer.sentence for layer in judged if layer.sentence]
     if all(layer.verdict == "too early" for layer in judged):
         sentences = ["It is too early to judge the layers."]
-    for sentence in sentences or ["No layer's gradient vanishes or explodes, and no layer's parameters grow unbounded."]:
+    for sentence in sentences or [
+        "No layer's gradient vanishes or explodes, and no layer's parameters grow unbounded."
+    ]:
         report.text(sentence)
     report.text(CRITERIA)
     report.table(layer_table(layers, gradients, parameters, changes), "The layers from input to output.", TERMS)
@@ -168,8 +173,8 @@ def _by_layer(
     from hooklens.viz.curves import lines
 
     series = {layer: values[:, i] for i, layer in enumerate(layers)}
-    titles = {"title": title, "x_title": "step", "y_title": title.partition(" by ")[0].lower()}
-    report.figure(lines(series, thin.at, **titles, log="xy"), caption)
+    what = title.partition(" by ")[0].lower()
+    report.figure(lines(series, thin.at, title=title, x_title="step", y_title=what, log="xy"), caption)
 
 
 def _rate(report: "Report", run: Run, steps: Rows) -> None:
@@ -232,58 +237,50 @@ def _spread(n: int, most: int = _FRAMES) -> list[int]:
     return sorted({round(float(i)) for i in np.linspace(0, n - 1, min(n, most))})
 
 
-def _snapshots(report: "Report", snapshots: Any) -> None:
-    """What the heads attend to on fixed prompts, over the run; nothing if no snapshot was taken."""
+def _snapshots(report: "Report", snapshots: Any, tokenizer: Any = None) -> None:
+    """What the heads attend to on fixed prompts, over the run; nothing if no pattern was kept."""
     from hooklens.viz.head_drawing import attention_heads
     from hooklens.viz.sliders import slider
 
-    if snapshots is None or not len(snapshots.steps):
-        return
-    patterns = {name: np.asarray(snapshots.values(name)) for name in snapshots.names if name.endswith("hook_pattern")}
-    if not patterns:
+    heads = {} if snapshots is None or not len(snapshots.steps) else _heads(snapshots)
+    if not heads:
         return
     report.heading("Attention on fixed prompts")
-    heads = _most_changed(patterns)
-    n_prompts = next(iter(patterns.values())).shape[1]
-    for prompt in range(n_prompts):
+    for number, prompt in enumerate(snapshots.prompts):
+        str_tokens = [str(token) if tokenizer is None else tokenizer.to_string([token]) for token in prompt]
         frames = {}
         for i in _spread(len(snapshots.steps)):
-            shown = np.stack([patterns[name][i, prompt, head] for name, head in heads])
-            frames[f"{int(snapshots.steps[i]):,}"] = attention_heads(
-                torch.from_numpy(shown.astype(np.float32)),
-                _str_tokens(snapshots, prompt, shown.shape[-1]),
-                [_head_name(name, head) for name, head in heads],
-                title=f"Prompt {prompt + 1}",
-            )
+            patterns = torch.from_numpy(np.stack([pattern[i, number] for pattern in heads.values()]))
+            figure = attention_heads(patterns, str_tokens, list(heads), title=f"Prompt {number + 1}")
+            frames[f"{int(snapshots.steps[i]):,}"] = figure
         report.figure(
             slider(frames, title="after step"),
-            f"Where each head attends: query down, key across, rows sum to 1. Shown are the {len(heads)} heads whose "
-            "patterns changed most from the first snapshot to the last. L1H0 is head 0 of layer 1. The slider chooses "
-            "the step.",
+            "Where each head attends: query down, key across; a row is how the query's attention is shared out. L1H0 "
+            f"is head 0 of layer 1. Of all heads in the snapshots, the {len(heads)} whose patterns changed most from "
+            "the first to the last are shown. The slider chooses the step.",
         )
 
 
-def _most_changed(patterns: dict[str, np.ndarray]) -> list[tuple[str, int]]:
-    """The heads whose pattern moved furthest over the run, in the model's order."""
-    moved = {
-        (name, head): float(np.abs(values[-1, :, head] - values[0, :, head]).sum())
-        for name, values in patterns.items()
-        for head in range(values.shape[2])
-    }
+def _heads(snapshots: Any) -> dict[str, np.ndarray]:
+    """The patterns `step prompt query_pos key_pos` of the heads that changed most, in the model's order."""
+    patterns: dict[str, np.ndarray] = {}
+    for name in snapshots.names:
+        point, _, head = name.partition(" ")  # a name is that of a point, or ends with the head that was kept
+        if not point.endswith("hook_pattern"):
+            continue
+        values, layer = np.asarray(snapshots[name], dtype=np.float32), point.split(".")[1]
+        if head:
+            patterns[head] = values
+        else:
+            patterns |= {f"L{layer}H{i}": values[:, :, i] for i in range(values.shape[2])}
+    moved = {head: float(np.abs(pattern[-1] - pattern[0]).sum()) for head, pattern in patterns.items()}
     furthest = set(sorted(moved, key=lambda head: -moved[head])[:_HEADS])
-    return [head for head in moved if head in furthest]
+    return {head: pattern for head, pattern in patterns.items() if head in furthest}
 
 
-def _head_name(name: str, head: int) -> str:
-    """L1H0 for head 0 of blocks.1.attn.hook_pattern."""
-    return f"L{name.split('.')[1]}H{head}"
-
-
-def _str_tokens(snapshots: Any, prompt: int, n: int) -> list[str]:
-    """The tokens of a prompt as texts, or their numbers where there is no tokenizer."""
-    labels = getattr(snapshots, "labels", None)
-    row = snapshots.tokens[prompt] if labels is None else labels[prompt]
-    return [str(token) if labels is not None else str(int(token)) for token in row][:n]
+@functools.lru_cache(maxsize=4)
+def _tokenizer_of(checkpoint: Checkpoint) -> Any:
+    return checkpoint.load().tokenizer
 
 
 def _settings(report: "Report", run: Run) -> None:

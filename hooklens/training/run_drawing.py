@@ -70,9 +70,8 @@ def loss_figure(steps: Rows, evaluations: Rows | None) -> "Figure":
         after = evaluations.steps > 0  # step 0 has no place on a logarithmic axis
         values["held out"] = torch.from_numpy(evaluations["loss"][after].astype(np.float64))
         at["held out"] = torch.from_numpy(evaluations.steps[after].astype(np.float64))
-        marks = {"held out, untrained": float(loss) for loss in evaluations["loss"][~after]}
-    titles = {"title": "Loss", "x_title": "step", "y_title": "loss per target"}
-    return lines(values, at, **titles, marks=marks, log="xy")
+        marks = dict.fromkeys(["held out, untrained"][: int((~after).sum())], float(evaluations["loss"][0]))
+    return lines(values, at, title="Loss", x_title="step", y_title="loss per target", marks=marks, log="xy")
 
 
 def rate_figure(steps: Rows) -> "Figure":
@@ -80,8 +79,9 @@ def rate_figure(steps: Rows) -> "Figure":
     from hooklens.viz.curves import lines
 
     thin = Thinned(steps.steps)
-    titles = {"title": "Learning rate", "x_title": "step", "y_title": "learning rate"}
-    return lines({"learning rate": thin.means(steps["rate"])}, thin.at, **titles, log="x").update_layout(height=260)
+    name, rates = "learning rate", thin.means(steps["rate"])
+    figure = lines({name: rates}, thin.at, title="Learning rate", x_title="step", y_title=name, log="x")
+    return figure.update_layout(height=260)
 
 
 def draw_run(folder: Path) -> "Figure":

@@ -42,7 +42,7 @@ def histogram(
         raise InputError(f"a logarithmic axis shows values above 0, got an edge at {number(sides[0])}; leave out log")
     # the outline of the bars: Plotly's own bars are as wide as on a linear axis, also on a logarithmic one
     boxes = [
-        f"{number(a)} to {number(b)}<br>{label(y_title)} <b>{number(n)}</b>"
+        f"{number(a)} to {number(b)}<br>{label(y_title)} <b>{n:,.10g}</b>"
         for a, b, n in zip(sides[:-1], sides[1:], heights, strict=True)
     ]
     outline = go.Scatter(
