@@ -1,5 +1,6 @@
 """`hooklens train` and `dashboard`."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,9 +40,8 @@ class RecipeOptions:
 
         counts = ("steps", "batch", "layers", "d_model", "heads", "window")
         given = {name: getattr(self, name) for name in counts if getattr(self, name) is not None}
-        return {name: lambda name=name, value=value: whole(name, value, 1) for name, value in given.items()} | {
-            "lr": self._check_lr
-        }
+        whole_numbers = {name: functools.partial(whole, name, value, 1) for name, value in given.items()}
+        return {**whole_numbers, "lr": self._check_lr}
 
     def _check_lr(self) -> None:
         if self.lr is not None and not 0 < self.lr < float("inf"):
@@ -49,15 +49,14 @@ class RecipeOptions:
 
     def tables(self) -> dict[str, dict[str, Any]]:
         """The given options in the tables of a recipe."""
-        seed, rate = {"seed": self.seed}, {"lr": self.lr}
-        data = {"window": self.window, "tokenizer": self.tokenizer, **seed}
-        model = {"n_layers": self.layers, "d_model": self.d_model, "n_heads": self.heads, **seed}
-        training: dict[str, Any] = {"steps": self.steps, "batch": self.batch, **seed}
-        training["optimizer"] = None if self.lr is None else rate
-        tables = {"data": data, "model": model, "training": training}
-        return {
-            name: {key: value for key, value in table.items() if value is not None} for name, table in tables.items()
+        tables: dict[str, dict[str, Any]] = {
+            "data": {"window": self.window, "tokenizer": self.tokenizer, "seed": self.seed},
+            "model": {"n_layers": self.layers, "d_model": self.d_model, "n_heads": self.heads, "seed": self.seed},
+            "training": {"steps": self.steps, "batch": self.batch, "seed": self.seed},
         }
+        if self.lr is not None:
+            tables["training"]["optimizer"] = {"lr": self.lr}
+        return {name: {key: v for key, v in table.items() if v is not None} for name, table in tables.items()}
 
 
 @command
@@ -161,7 +160,7 @@ def _check_options(task: str, options: RecipeOptions, kept: "Recipe | None") -> 
         if "d_head" not in model and width % heads:
             raise ArgumentError("{d_model} {0} is not a multiple of {heads} {1}", width, heads)
 
-    arguments = {name: lambda name=name: check_argument(name) for name in ("window", "tokenizer")}
+    arguments = {name: functools.partial(check_argument, name) for name in ("window", "tokenizer")}
     judge({**arguments, "heads": check_heads})
 
 

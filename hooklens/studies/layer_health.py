@@ -1,5 +1,6 @@
 """Which layers of a run have vanishing or exploding gradients, or weights that grow without bound?"""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ CRITERIA = (
 )
 TERMS = {
     "layer": "a block of the model, or a part of it outside the blocks",
+    "verdict": "by the criteria above",
     "gradient norm": "the length of the loss's gradient in this layer's parameters, median of the last tenth of the "
     "steps",
     "of the median layer": "this norm divided by that of the median layer",
@@ -31,7 +33,6 @@ TERMS = {
     "growth": "how much longer it became over the last doubling of the number of steps",
     "update ratio": "length of a step's change of the parameters divided by the parameters' own, median of all "
     "steps; about 0.001 is common, and values far above it mean steps that may be too large",
-    "verdict": "by the criteria above",
 }
 
 
@@ -77,13 +78,13 @@ def layer_table(layers: Sequence[str], gradients: NDArray, parameters: NDArray, 
     rows = [
         (
             judged.layer,
+            judged.verdict,
             float(last[i]),
             float(last[i] / middle) if middle > 0 else float("nan"),
             float(largest[i]),
             float(parameters[-1, i]),
             f"{_growth(parameters[:, i].astype(np.float64))[0]:.1%}",
             float(ratio[i]),
-            judged.verdict,
         )
         for i, judged in enumerate(judge_layers(layers, gradients, parameters))
     ]
@@ -102,8 +103,8 @@ def _vanishing(norm: float, middle: float) -> tuple[str, str] | None:
 
 def _exploding(norms: NDArray) -> tuple[str, str] | None:
     """The first step whose norm is far above the median of all tenths of the run before its own."""
-    edges = np.linspace(0, len(norms), 11).astype(int)
-    for start, stop in zip(edges[1:-1], edges[2:], strict=True):
+    edges = np.linspace(0, len(norms), 11).astype(int).tolist()
+    for start, stop in itertools.pairwise(edges[1:]):
         usual, largest = float(np.median(norms[:start])), float(norms[start:stop].max())
         if not largest <= EXPLODED * usual and usual > 0:
             step = start + int(norms[start:stop].argmax()) + 1

@@ -27,6 +27,7 @@ RUNNING, FINISHED, STOPPED = "running", "finished", "stopped"
 _FRAMES = 30  # positions of a slider
 _HEADS = 6  # heads whose attention is shown
 _RECENT = 100  # steps of the training loss in large type
+_HEALTHY = "No layer's gradient vanishes or explodes, and no layer's parameters grow without bound."
 _EVERY = 3.0  # seconds between two pages of a run under way
 
 
@@ -129,10 +130,10 @@ def _duration(seconds: float) -> str:
 def _losses(report: "Report", steps: Rows, evaluations: Rows | None) -> None:
     report.figure(
         loss_figure(steps, evaluations),
-        "The loss is the mean over all predicted targets; for tokens it is the cross-entropy in nats, minus the natural "
-        "logarithm of the probability that the model gave to the token. Training: the batch of each step. Held out: "
-        "data that no step trains on. Both axes are logarithmic: a power law is a straight line. Of long runs, each "
-        "point is the mean of the steps since the point before.",
+        "The loss is the mean over all predicted targets; for tokens it is the cross-entropy in nats: minus the "
+        "natural logarithm of the probability that the model gave to the token. Training: the batch of each step. Held "
+        "out: data that no step trains on. Both axes are logarithmic: a power law is a straight line. Of long runs, "
+        "each point is the mean of the steps since the point before.",
     )
 
 
@@ -145,7 +146,7 @@ def _layers(report: "Report", layers: Sequence[str], steps: Rows) -> None:
     if all(layer.verdict == "too early" for layer in judged):
         sentences = ["It is too early to judge the layers."]
     for sentence in sentences or [
-        "No layer's gradient vanishes or explodes, and no layer's parameters grow unbounded."
+        "No layer's gradient vanishes or explodes, and no layer's parameters grow without bound."
     ]:
         report.text(sentence)
     report.text(CRITERIA)

@@ -58,9 +58,6 @@ class Recipe:
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in _TABLES:
-            if not isinstance(getattr(self, name), Mapping):
-                raise InputError(f"[{name}] is a table of settings, got {getattr(self, name)!r:.80}")
         steps = whole("steps", self.training.get("steps", _STEPS), 1)
         schedule = {"part": "cosine", "floor": 0.1, "warmup": min(_WARMUP, steps // 10)}
         training = {"steps": steps, **_TRAINING, "schedule": schedule}
@@ -141,6 +138,9 @@ def read_recipe(path: str | os.PathLike) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{os.fspath(path)!r} is not TOML: {error}; write tables such as [training]") from error
     _check_names("table", content, _TABLES)
+    for name, table in content.items():
+        if not isinstance(table, dict):
+            raise InputError(f"[{name}] is a table of settings, got {table!r:.80}")
     return Recipe(**{"data": {}, **content})
 
 
