@@ -195,6 +195,7 @@ def dashboard(
     run: Annotated[Path, typer.Argument(help="The folder of a run, finished or under way.")],
     out: Annotated[Path | None, typer.Option(help="The page; by default page.html in the folder.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Rewrite the page until the run ends.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write the page of a run: losses, layers, learning rate, token losses, checkpoints. It opens offline.
 
@@ -202,15 +203,18 @@ def dashboard(
 
     With `--watch` the page is rewritten every few seconds until the run ends, and reloads itself.
     """
-    from hooklens.studies.run_page import page_path, run_report, watch_run
+    from hooklens.studies.run_page import page_path, run_report, run_state, watch_run
     from hooklens.training.training_run import open_run
 
     known = judge({"run": lambda: open_run(run), "out": lambda: None if out is None else check_out(out)})
     opened = known["run"]
     page = page_path(opened, out)
     check_out(page)
-    typer.echo(printable(f"page: {page.absolute()}"))
+    if not as_json:
+        typer.echo(printable(f"page: {page.absolute()}"))
     if watch:
-        typer.echo(f"the run is {watch_run(opened, page)}")
+        state = watch_run(opened, page)
     else:
         run_report(opened).save(page)
+        state = run_state(opened)
+    typer.echo(json_line({"page": str(page.absolute()), "state": state}) if as_json else f"the run is {state}")

@@ -71,7 +71,7 @@ def run_report(run: Run) -> "Report":
         _rate(report, run, steps)
     if evaluations is not None:
         _token_losses(report, evaluations)
-    if run.identity["settings"].get("snapshots") and run.checkpoints():
+    if evaluations is not None and run.identity["settings"].get("snapshots") and run.checkpoints():
         snapshots: Any = run.snapshots()  # type: ignore[attr-defined]
         _snapshots(report, snapshots, _tokenizer_of(run.checkpoints()[0]))
     _settings(report, run)
@@ -139,6 +139,8 @@ def _losses(report: "Report", steps: Rows, evaluations: Rows | None) -> None:
 
 def _layers(report: "Report", layers: Sequence[str], steps: Rows) -> None:
     """Verdicts in words, the numbers behind them, and norms against steps."""
+    from hooklens.viz.curves import lines
+
     gradients, parameters, changes = (steps[f"{kind}_norms"] for kind in ("gradient", "parameter", "change"))
     report.heading("Layers")
     judged = judge_layers(layers, gradients, parameters)
@@ -153,29 +155,24 @@ def _layers(report: "Report", layers: Sequence[str], steps: Rows) -> None:
     report.table(layer_table(layers, gradients, parameters, changes), "The layers from input to output.", TERMS)
     thin = Thinned(steps.steps)
     ratios = changes / np.maximum(parameters, np.finfo(np.float32).tiny)
-    _by_layer(
-        report, layers, thin, thin.largest(gradients), "Gradient norms by layer",
-        "The length of the gradient of the loss in each layer's parameters, before clipping. Of long runs, each point "
-        "is the largest of the steps since the point before, so that no spike is lost.",
-    )  # fmt: skip
-    _by_layer(
-        report, layers, thin, thin.means(parameters), "Parameter norms by layer",
-        "The length of each layer's parameters as one vector. It settles where weight decay balances the steps.",
-    )  # fmt: skip
-    _by_layer(
-        report, layers, thin, thin.means(ratios), "Update ratios by layer",
-        "How far each step moves a layer, as a share of its parameters' length. Values about 0.001 are common.",
-    )  # fmt: skip
-
-
-def _by_layer(
-    report: "Report", layers: Sequence[str], thin: Thinned, values: torch.Tensor, title: str, caption: str
-) -> None:
-    from hooklens.viz.curves import lines
-
-    series = {layer: values[:, i] for i, layer in enumerate(layers)}
-    what = title.partition(" by ")[0].lower()
-    report.figure(lines(series, thin.at, title=title, x_title="step", y_title=what, log="xy"), caption)
+    kinds = {
+        "Gradient norms by layer": (
+            thin.largest(gradients),
+            "The length of the gradient of the loss in each layer's parameters, before clipping. Of long runs, each "
+            "point is the largest of the steps since the point before, so that no spike is lost.",
+        ),
+        "Parameter norms by layer": (
+            thin.means(parameters),
+            "The length of each layer's parameters as one vector. It settles where weight decay balances the steps.",
+        ),
+        "Update ratios by layer": (
+            thin.means(ratios),
+            "How far each step moves a layer, as a share of its parameters' length. Values about 0.001 are common.",
+        ),
+    }
+    for title, (values, caption) in kinds.items():
+        series, what = {layer: values[:, i] for i, layer in enumerate(layers)}, title.partition(" by ")[0].lower()
+        report.figure(lines(series, thin.at, title=title, x_title="step", y_title=what, log="xy"), caption)
 
 
 def _rate(report: "Report", run: Run, steps: Rows) -> None:

@@ -132,6 +132,8 @@ def test_the_dashboard_is_written_into_the_run_or_elsewhere(run, tmp_path):
     done = invoke("dashboard", out, "--watch", "--out", tmp_path / "a.html")
     assert done.exit_code == 0 and "the run is finished" in done.stdout
     assert "location.reload()" not in (tmp_path / "a.html").read_text()
+    told = json.loads(invoke("dashboard", out, "--json").stdout)
+    assert told == {"page": str(out / "page.html"), "state": "finished"}
     done = invoke("dashboard", tmp_path, "--out", tmp_path)
     assert done.exit_code == cli.BAD_INPUT and "holds no run of hl.train" in done.stderr
     assert "2 things are wrong" in done.stderr
