@@ -184,6 +184,7 @@ class _Training:
             "settings": self.settings.to_json(),
             "config": self.model.cfg.to_json(),
             "data": self.data.identity(),
+            "to_learn": self.data.description(),
             "layers": list(self.vector.layers),
             "trained": sum(p.numel() for p in self.vector.parameters.values()),
             "frozen_weights": digest(raw_bytes(p.detach().cpu().contiguous()) for p in frozen),

@@ -18,6 +18,7 @@ RUN = Schema("hooklens.run", 1, "a run", "hl.train", as_json=True)
 DIVERGED = Schema("hooklens.diverged_run", 1, "where a run diverged", "hl.train", as_json=True)
 STATE = Schema("hooklens.training_state", 1, "the state of a run", "hl.train")
 _LOCK, _UNFINISHED = ".lock", ".hooklens-"
+RECIPE = "settings.toml"  # what `hooklens train` repeats the run from; see `run_recipe`
 _CHECKPOINT = "step_{:09d}.safetensors"
 
 
@@ -43,9 +44,8 @@ class RunFolder:
     def check(self, identity: Mapping[str, Any], *, why_not_extended: str | None = None) -> None:
         """Raise if other files or another run are here. More steps are refused with the reason `why_not_extended`."""
         if not self.exists:
-            if self.path.is_dir() and any(
-                not file.name.startswith((_LOCK, _UNFINISHED)) for file in self.path.iterdir()
-            ):
+            ours = (_LOCK, _UNFINISHED, RECIPE)
+            if self.path.is_dir() and any(not file.name.startswith(ours) for file in self.path.iterdir()):
                 raise InputError(f"out={str(self.path)!r} holds other files; give a new folder, or that of a run")
             return
         before, now = self.identity(), _plain(identity)
@@ -89,6 +89,21 @@ class RunFolder:
             yield
         finally:
             handle.close()
+
+    def is_being_written(self) -> bool | None:
+        """Whether a process trains this run now; None where the system cannot tell."""
+        try:
+            import fcntl
+        except ImportError:
+            return None
+        if not (self.path / _LOCK).is_file():
+            return False
+        with open(self.path / _LOCK) as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # held for an instant
+            except OSError:
+                return True
+        return False
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint after that many steps lies."""

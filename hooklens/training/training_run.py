@@ -14,10 +14,13 @@ from hooklens.pretrained.checkpoint import load_checkpoint
 from hooklens.results.table import Table
 from hooklens.training.recorder import recorded_evaluations, recorded_snapshots, recorded_steps
 from hooklens.training.row_file import Rows
+from hooklens.training.run_drawing import draw_run
 from hooklens.training.run_folder import RunFolder
 from hooklens.training.snapshots import Snapshots
 
 if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
     from hooklens.model.transformer import HookedTransformer
 
 
@@ -94,6 +97,13 @@ class Run:
         """The kept models, from the untrained to the last."""
         folder = RunFolder(self.path)
         return [Checkpoint(step, folder.checkpoint(step)) for step in folder.checkpoint_steps()]
+
+    def figure(self) -> "Figure":
+        """Training and held-out loss against steps on logarithmic axes, above the learning rate.
+
+        It can be drawn while the run is under way. A run without a recorded step raises.
+        """
+        return draw_run(self.path)
 
     def table(self, n: int | None = None) -> Table:
         """The evaluations: step, training loss there, held-out loss."""

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Num
 from torch import Tensor
 
-from hooklens.viz.drawing import box, colour_bar, mark, new_figure, number, span
+from hooklens.viz.drawing import above_zero, box, colour_bar, log_axes, mark, new_figure, number, span
 from hooklens.viz.inputs import as_array, as_labels, as_series
 from hooklens.viz.text import label
 from hooklens.viz.theme import NEUTRAL, POSITIVE, SEQUENTIAL, SERIES, plotly_scale
@@ -16,28 +16,35 @@ from hooklens.viz.theme import NEUTRAL, POSITIVE, SEQUENTIAL, SERIES, plotly_sca
 
 def lines(
     values: Mapping[str, Num[Tensor, " point"]],
-    x: Num[Tensor, " point"] | None = None,
+    x: Num[Tensor, " point"] | Mapping[str, Num[Tensor, " point"]] | None = None,
     bands: Mapping[str, tuple[Num[Tensor, " point"], Num[Tensor, " point"]]] | None = None,
     title: str = "",
     *,
     x_title: str = "",
     y_title: str = "",
     marks: Mapping[str, float] | None = None,
+    log: str = "",
 ) -> go.Figure:
     """How do these values change along x? One line per name; `bands` are (low, high) for names with an interval.
 
     >>> import torch
     >>> len(lines({"loss": torch.rand(3)}, bands={"loss": (torch.zeros(3), torch.ones(3))}).data)
     2
+
+    `x` is shared by all lines, or given for each name. `log` names the logarithmic axes ("x", "y" or "xy"); values that
+    such an axis cannot show, 0 and below, are gaps.
     """
-    figure = new_figure([], title, x_title, y_title)
+    figure = log_axes(new_figure([], title, x_title, y_title), log)
     for index, (name, series) in enumerate(values.items()):
-        places = torch.arange(len(series)) if x is None else x
+        places = x[name] if isinstance(x, Mapping) else x
+        places = torch.arange(len(series)) if places is None else places
         at, array = as_series("lines", "point", x=places, values=series)
+        at, array = above_zero(at, needed="x" in log), above_zero(array, needed="y" in log)
         colour = SERIES[index % len(SERIES)]
         if bands and name in bands:
             low, high = bands[name]
-            at, lowest, highest = as_series("lines", "point", x=places, low=low, high=high)
+            _, lowest, highest = as_series("lines", "point", x=places, low=low, high=high)
+            lowest, highest = (above_zero(end, needed="y" in log) for end in (lowest, highest))
             figure.add_trace(_band(at, lowest, highest, colour))
         shown = label(name) or "∅"
         boxes = [box(("", shown), (x_title, a), (y_title, b)) for a, b in zip(at, array, strict=True)]

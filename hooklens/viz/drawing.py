@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from hooklens.core.errors import InputError
 from hooklens.results.table import format_number
 from hooklens.viz.text import label
 from hooklens.viz.theme import NEUTRAL, limits, template
@@ -51,16 +52,35 @@ def number(value: Any) -> str:
     return format_number(float(value)).removesuffix(".0000")
 
 
+def log_axes(figure: go.Figure, log: str) -> go.Figure:
+    """Make the axes that `log` names ("x", "y" or "xy") logarithmic."""
+    if not set(log) <= {"x", "y"}:
+        raise InputError(f'log names the logarithmic axes: "", "x", "y" or "xy"; got {log!r:.80}')
+    look = {"type": "log", "exponentformat": "power"}
+    figure.update_xaxes(look if "x" in log else {})
+    return figure.update_yaxes(look if "y" in log else {})
+
+
+def above_zero(array: np.ndarray, *, needed: bool) -> np.ndarray:
+    """The values that a logarithmic axis can show; the others become gaps."""
+    return np.where(array > 0, array, np.nan) if needed else array
+
+
 def mark(figure: go.Figure, marks: Mapping[str, float] | None) -> go.Figure:
     """Named horizontal lines; the name of a line close to another is placed elsewhere along it."""
-    heights = [float(value) for value in (marks or {}).values()]
-    drawn = np.concatenate([heights, *(np.asarray(trace.y, float) for trace in figure.data if trace.y is not None)])
+    log = figure.layout.yaxis.type == "log"
+    marks = {name: value for name, value in (marks or {}).items() if value > 0 or not log}
+    places = np.array([float(value) for value in marks.values()])
+    drawn = np.concatenate([places, *(np.asarray(trace.y, float) for trace in figure.data if trace.y is not None)])
+    heights, drawn = (np.log10(places), np.log10(drawn)) if log else (places, drawn)
     near = _NEAR * np.ptp(drawn[np.isfinite(drawn)]) if np.isfinite(drawn).any() else 0.0
-    for i, (name, value) in enumerate(zip(marks or {}, heights, strict=True)):
+    for i, (name, value) in enumerate(zip(marks, places, strict=True)):
         figure.add_hline(
             y=value,
             line={"color": NEUTRAL, "width": 1.2, "dash": "dash"},
             annotation={"text": label(name), "font": {"size": 11, "color": NEUTRAL}},
-            annotation_position=_PLACES[sum(abs(value - other) <= near for other in heights[:i]) % len(_PLACES)],
+            annotation_position=_PLACES[sum(abs(heights[i] - other) <= near for other in heights[:i]) % len(_PLACES)],
         )
+        if log:  # Plotly places lines by their value, and annotations by its logarithm
+            figure.layout.annotations[-1].y = heights[i]
     return figure

@@ -74,24 +74,57 @@ function dressed(layout) {
   }
   return layout;
 }
+const stored = "hooklens " + location.pathname;
+let kept = {};  // what the reader had set before the page reloaded itself
+try { kept = JSON.parse(sessionStorage.getItem(stored)) || {}; sessionStorage.removeItem(stored); } catch (error) {}
+function asBefore(figure, id) {
+  const slider = (figure.layout.sliders || [])[0];
+  const at = slider ? slider.steps.findIndex((step) => step.label === (kept.sliders || {})[id]) : -1;
+  if (at >= 0) {
+    slider.active = at;
+    figure.data = figure.frames[at].data;
+  }
+}
 function draw(within) {
   for (const place of within.querySelectorAll(".plot")) {
     if (place.closest("details:not([open])")) continue;  // has no width yet
     const figure = JSON.parse(document.getElementById(place.id + "-data").textContent);
     // the buttons are named, because Plotly's own set has one that offers to send the figure to a server
     const buttons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]];
-    const settings = {responsive: true, displaylogo: false, typesetMath: false, modeBarButtons: buttons};
-    Plotly.react(place, figure.data, dressed(figure.layout), settings);
+    const config = {responsive: true, displaylogo: false, typesetMath: false, modeBarButtons: buttons};
+    asBefore(figure, place.id);
+    Plotly.react(place, {data: figure.data, layout: dressed(figure.layout), config, frames: figure.frames});
   }
 }
+document.querySelectorAll("details").forEach((fold, i) => { fold.open = (kept.folds || [])[i] || fold.open; });
 draw(document);
+if (kept.scroll) scrollTo(0, kept.scroll);
 dark.addEventListener("change", () => draw(document));
 document.addEventListener("toggle", (event) => draw(event.target), true);  // a fold was opened
 """
 
+# A slider at its last step is not remembered: after the reload it shows the newest.
+_RELOAD = """
+"use strict";
+setInterval(() => {
+  if (document.hidden || document.querySelector("body :active")) return;  // nobody looks, or the mouse holds something
+  const sliders = {};
+  for (const place of document.querySelectorAll(".plot")) {
+    const slider = ((place.layout || {}).sliders || [])[0];
+    if (slider && slider.active < slider.steps.length - 1) sliders[place.id] = slider.steps[slider.active].label;
+  }
+  const folds = [...document.querySelectorAll("details")].map((fold) => fold.open);
+  const now = JSON.stringify({sliders, folds, scroll: scrollY});
+  try { sessionStorage.setItem("hooklens " + location.pathname, now); } catch (error) {}
+  location.reload();
+}, 1000 * %g);
+"""
 
-def page(title: str, parts: Sequence[Html], figures: Sequence[str], footer: str) -> Html:
+
+def page(title: str, parts: Sequence[Html], figures: Sequence[str], footer: str, reload: float | None = None) -> Html:
     """A complete HTML document that loads nothing: `figures` are Plotly figures as JSON, drawn into `#figure-N`.
+
+    With `reload` it reads itself from disk again every so many seconds, and keeps the place and the sliders.
 
     >>> text = page("<b>", [Html("<p>one</p>")], [], "made here")
     >>> "<h1>&lt;b&gt;</h1>" in text, "connect-src" in text, len(text) < 10_000
@@ -101,6 +134,7 @@ def page(title: str, parts: Sequence[Html], figures: Sequence[str], footer: str)
     browser would refuse to run it.
     """
     scripts = [get_plotlyjs(), _SCRIPT] if figures else []
+    scripts += [] if reload is None else [_RELOAD % reload]
     data = [
         f'<script type="application/json" id="figure-{number}-data">{script_safe(figure)}</script>'
         for number, figure in enumerate(figures)

@@ -144,13 +144,16 @@ class Report:
         rows = [_prompt("Clean", clean, ours, clean_top), _prompt("Corrupted", corrupted, theirs, corrupted_top)]
         return self._card("".join(rows), caption)
 
-    def to_html(self) -> Html:
-        """The whole page as HTML."""
+    def to_html(self, *, reload: float | None = None) -> Html:
+        """The whole page as HTML; with `reload` it reads itself from disk again every so many seconds."""
         footer = f"Made by hooklens {__version__}. This page is complete: it loads nothing."
-        return page(self.title, self._parts, self._figures, footer)
+        return page(self.title, self._parts, self._figures, footer, reload)
 
-    def save(self, path: str | os.PathLike, *, data: Any = None) -> Path:
-        """Write the page to `path`, and the title, numbers, tables and `data` as JSON next to it (same stem)."""
+    def save(self, path: str | os.PathLike, *, data: Any = None, reload: float | None = None) -> Path:
+        """Write the page to `path`, and the title, numbers, tables and `data` as JSON next to it (same stem).
+
+        `reload` as in `to_html`: for a page that is written again and again.
+        """
         path = path_of(path)
         beside = path.with_suffix(".json") if path.name else path
         if path == beside and path.name:
@@ -158,7 +161,7 @@ class Report:
         content = {"title": self.title, "numbers": self._numbers, "tables": self._tables, "data": plain(data)}
         text = json.dumps(content, allow_nan=False)
         with write_atomically(path) as page_path, write_atomically(beside) as json_path:
-            page_path.write_text(self.to_html(), encoding="utf-8", newline="\n")
+            page_path.write_text(self.to_html(reload=reload), encoding="utf-8", newline="\n")
             json_path.write_text(text + "\n", encoding="utf-8")
         return path
 

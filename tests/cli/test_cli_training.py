@@ -1,0 +1,146 @@
+"""`hooklens train` and `dashboard`: a run from a task, a text or a file; it goes on, and its page is written."""
+
+import json
+import tomllib
+
+import pytest
+from test_cli import invoke
+
+import hooklens as hl
+from hooklens import cli
+from hooklens.core.errors import Unavailable
+from hooklens.training.run_recipe import Recipe, read_recipe
+
+TINY = ["--layers", 1, "--d-model", 8, "--heads", 2, "--batch", 4, "--steps", 3]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on a text file."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "abc.txt").write_text("abc abd\n" * 100)
+    out = folder / "run"
+    return invoke("train", folder / "abc.txt", *TINY, "--window", 8, "--tokenizer", "bytes", "--out", out), out
+
+
+def test_a_text_file_is_trained_on_and_the_next_command_is_told(run):
+    done, out = run
+    assert done.exit_code == 0, done.output
+    opened = hl.open_run(out)
+    assert opened.steps_done == 3 and f"after 3 steps: {opened.held_out_loss[-1]:.4f}" in done.stdout
+    assert done.stdout.splitlines()[-1] == f"next: hooklens dashboard {out}"
+    model = opened.checkpoints()[-1].load()
+    assert model.cfg.n_ctx == 8 and model.to_string(model.to_tokens("abd")) == ["abd"]
+
+
+def test_the_same_command_goes_on_and_another_is_refused_before_it_works(run):
+    _, out = run
+    before = hl.open_run(out).loss
+    done = invoke("train", "--out", out, "--settings", out / "settings.toml", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["steps"] == 3 and (hl.open_run(out).loss == before).all()
+    done = invoke("train", out.parent / "abc.txt", "--steps", 4, "--out", out)
+    assert done.exit_code == cli.BAD_INPUT and "training.steps was 3 and is 4" in done.stderr
+
+
+def test_the_settings_beside_a_run_repeat_it(run, tmp_path):
+    _, out = run
+    done = invoke("train", "--settings", out / "settings.toml", "--out", tmp_path / "again")
+    assert done.exit_code == 0, done.output
+    assert (hl.open_run(tmp_path / "again").loss == hl.open_run(out).loss).all()
+    assert (tmp_path / "again" / "settings.toml").read_text() == (out / "settings.toml").read_text()
+
+
+def test_a_recipe_is_the_same_once_it_was_saved(tmp_path):
+    sgd = {"part": "sgd", "lr": 1e-8, "momentum": 0.5}
+    recipe = Recipe(
+        {"task": "text", "source": 'a "b"\\\n é'}, {"biases": {"mlp": False}}, {"optimizer": sgd, "seed": 3}
+    )
+    recipe.save(tmp_path / "a.toml")
+    assert read_recipe(tmp_path / "a.toml") == recipe
+    content = tomllib.loads((tmp_path / "a.toml").read_text())
+    assert content["training"]["optimizer"] == sgd and content["data"]["source"] == 'a "b"\\\n é'
+    assert recipe.settings().optimizer == hl.training.SGD(lr=1e-8, momentum=0.5)
+    assert Recipe({"task": "shakespeare"}, {}, {"steps": 50}).settings().schedule.warmup == 5
+
+
+def test_vectors_are_read_by_a_model_of_vectors():
+    recipe = Recipe({"task": "in_context_regression", "d": 3}, {"d_model": 8, "n_heads": 2, "n_layers": 1})
+    model = recipe.load_model(recipe.load_data())
+    assert (model.cfg.embed.d_in, model.cfg.d_vocab_out) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[training]\nstep = 3\n", "needs a task"),
+        ('[data]\ntask = "shakespear"\n', "closest: shakespeare"),
+        (
+            '[data]\ntask = "shakespeare"\nwindows = 3\n',
+            "no setting of [data] for shakespeare named 'windows'; closest: window",
+        ),
+        ('[data]\ntask = "shakespeare"\n[model]\nn_layer = 3\n', "closest: n_layers"),
+        ('[data]\ntask = "shakespeare"\n[training]\nstep = 3\n', "closest: steps"),
+        ('[data]\ntask = "shakespeare"\n[training.optimizer]\nrate = 3\n', "no field of AdamW named 'rate'"),
+        ('[data]\ntask = "shakespeare"\n[trainings]\n', "closest: training"),
+        ("[data\n", "is not TOML"),
+        ("data = 3\n", "[data] is a table"),
+    ],
+)
+def test_a_file_of_settings_that_says_something_unknown_is_refused_with_the_nearest(tmp_path, text, says):
+    (tmp_path / "a.toml").write_text(text)
+    done = invoke("train", "--settings", tmp_path / "a.toml", "--out", tmp_path / "run")
+    assert done.exit_code == cli.BAD_INPUT and says in done.stderr.replace("\\'", "'")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.toml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["modular_arithmetic"], ["give --out, the folder of the run"]),
+        (["--out", "run"], ["give TASK, one of decimal_arithmetic"]),
+        (["modular", "--out", "run"], ["TASK: no task named 'modular'; closest: modular_arithmetic", "no text file"]),
+        (["modular_arithmetic", "--out", "run", "--window", 4], ["--window is no setting of modular_arithmetic"]),
+        (["shakespeare", "--out", "run", "--heads", 3, "--d-model", 8], ["--d-model 8 is not a multiple of --heads 3"]),
+        (
+            ["shakespeare", "--steps", 0, "--batch", 0, "--lr", -1, "--device", "x"],
+            ["5 things are wrong", "--steps is", "--batch is", "--lr is a number above 0", "--device", "give --out"],
+        ),
+    ],
+)
+def test_everything_wrong_with_a_call_is_told_at_once_in_its_own_words(arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = invoke("train", *arguments)
+    assert done.exit_code == cli.BAD_INPUT and all(words in done.stderr for words in says), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_plays_that_are_not_there_and_cannot_be_fetched_are_told(tmp_path, monkeypatch):
+    def offline(name):
+        raise Unavailable("the asset shakespeare is not on this machine, and there is no network; copy it")
+
+    monkeypatch.setattr("hooklens.pretrained.assets.text", offline)
+    done = invoke("train", "shakespeare", "--out", tmp_path / "run")
+    assert done.exit_code == cli.MISSING and "there is no network" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_the_dashboard_is_written_into_the_run_or_elsewhere(run, tmp_path):
+    _, out = run
+    done = invoke("dashboard", out)
+    assert done.exit_code == 0 and str(out / "page.html") in done.stdout
+    assert "3 of 3" in (out / "page.html").read_text()
+    done = invoke("dashboard", out, "--watch", "--out", tmp_path / "a.html")
+    assert done.exit_code == 0 and "the run is finished" in done.stdout
+    assert "location.reload()" not in (tmp_path / "a.html").read_text()
+    told = json.loads(invoke("dashboard", out, "--json").stdout)
+    assert told == {"page": str(out / "page.html"), "state": "finished"}
+    done = invoke("dashboard", tmp_path, "--out", tmp_path)
+    assert done.exit_code == cli.BAD_INPUT and "holds no run of hl.train" in done.stderr
+    assert "2 things are wrong" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "dashboard"])
+def test_help_fits_80_columns_and_has_an_example(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    done = invoke(command, "--help")
+    assert "Example:" in done.output and max(map(len, done.output.splitlines())) <= 80

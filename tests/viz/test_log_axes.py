@@ -1,0 +1,122 @@
+"""Logarithmic axes, histograms and sliders: what they show, what they leave out, and what a browser makes of them."""
+
+import math
+
+import pytest
+import torch
+from browser import open_page
+from nasty import NASTY
+
+from hooklens import viz
+from hooklens.core.errors import InputError
+from hooklens.viz.small_multiples import panels
+
+
+def test_a_logarithmic_axis_leaves_out_what_it_cannot_show():
+    values = torch.tensor([0.0, 1.0, 100.0, -1.0])
+    figure = viz.lines(
+        {"loss": values}, torch.tensor([0.0, 1.0, 2.0, 3.0]), log="xy", marks={"first": 10.0, "none": 0.0}
+    )
+    assert figure.layout.xaxis.type == figure.layout.yaxis.type == "log"
+    assert [math.isnan(y) for y in figure.data[0].y] == [True, False, False, True]
+    assert math.isnan(figure.data[0].x[0])
+    # a line is placed by its value and its name by the logarithm; without one, the line is not drawn
+    assert [shape.y0 for shape in figure.layout.shapes] == [10.0]
+    assert [note.y for note in figure.layout.annotations] == [1.0]
+    assert viz.lines({"loss": values}).layout.yaxis.type is None
+    with pytest.raises(InputError, match='"x", "y" or "xy"'):
+        viz.lines({"loss": values}, log="z")
+
+
+def test_lines_may_have_their_own_places():
+    figure = viz.lines({"a": torch.ones(3), "b": torch.ones(2)}, {"a": torch.arange(3), "b": torch.tensor([0, 2])})
+    assert [list(trace.x) for trace in figure.data] == [[0, 1, 2], [0, 2]]
+
+
+def test_panels_keep_logarithmic_axes():
+    both = panels([viz.lines({"a": torch.ones(3)}, log="xy"), viz.lines({"a": torch.ones(3)}, log="x")])
+    assert [both.layout[axis].type for axis in ("xaxis", "yaxis", "xaxis2", "yaxis2")] == ["log", "log", "log", None]
+
+
+def test_a_histogram_draws_every_bin_from_edge_to_edge():
+    trace = viz.histogram(torch.tensor([3, 0, 5]), torch.tensor([0.1, 1.0, 10.0, 100.0]), log="x").data[0]
+    assert list(trace.y) == [3, 0, 5, 5] and trace.line.shape == "hv" and trace.x[-1] == 100.0
+    assert "0.1000 to 1.000" in trace.text[0] and trace.text[2].endswith("<b>5</b>")
+
+
+@pytest.mark.parametrize(
+    ("edges", "log", "says"),
+    [
+        ([0.0, 1.0], "", "got 2 counts and 2 edges"),
+        ([0.0, 2.0, 1.0], "", "which rise"),
+        ([0.0, 1.0, 2.0], "x", "above 0"),
+    ],
+)
+def test_a_histogram_without_its_edges_is_refused(edges, log, says):
+    with pytest.raises(InputError, match=says):
+        viz.histogram(torch.tensor([3, 1]), torch.tensor(edges), log=log)
+
+
+def maps(n):
+    return {f"{10**i:,}": viz.heatmap(torch.eye(2) * 10.0**i, title="map") for i in range(n)}
+
+
+def test_a_slider_begins_with_the_last_and_shares_colours_and_axes():
+    figure = viz.slider(maps(3), title="<step>")
+    assert [frame.name for frame in figure.frames] == ["1", "10", "100"]
+    assert figure.layout.sliders[0].active == 2 and "<step>" not in figure.layout.sliders[0].currentvalue.prefix
+    assert {frame.data[0].zmax for frame in figure.frames} == {100.0} == {figure.data[0].zmax}
+    assert figure.data[0].z[0][0] == 100.0
+    moving = viz.slider(
+        {
+            "a": viz.lines({"x": torch.tensor([1.0, 2.0])}, log="y"),
+            "b": viz.lines({"x": torch.tensor([1.0, 1e4])}, log="y"),
+        }
+    )
+    assert moving.layout.yaxis.range == pytest.approx((-0.2, 4.2))
+    heads = [viz.attention_heads(torch.eye(2)[None] * scale, ["a", "b"]) for scale in (0.5, 1.0)]
+    assert viz.slider({"a": heads[1], "b": heads[0]}).layout.coloraxis.cmax == 1.0
+
+
+def test_figures_of_other_shapes_are_not_put_on_one_slider():
+    with pytest.raises(InputError, match="same traces"):
+        viz.slider({"a": viz.lines({"a": torch.ones(2)}), "b": viz.lines({"a": torch.ones(2), "b": torch.ones(2)})})
+    with pytest.raises(InputError, match="got 0 figures"):
+        viz.slider({})
+
+
+def test_a_slider_works_offline_and_its_words_are_text(tmp_path):
+    word = NASTY[0] + NASTY[1]
+    report = viz.Report("x").figure(viz.slider({word: maps(1)["1"], "last": maps(1)["1"]}, title=word))
+    page = open_page(report.save(tmp_path / "a.html"))
+    assert (page.console, page.requests, page.figures) == ([], [], 1)
+    assert page.count('class="slider-container"') == 1 and "<img src=x" not in page.dom
+
+
+# A page that moves its slider and scrolls, as a reader would, before its first reload.
+_READER = """
+if (!sessionStorage.getItem("moved")) {
+  sessionStorage.setItem("moved", "1");
+  const place = document.querySelector(".plot");
+  Plotly.relayout(place, {"sliders[0].active": 0});
+  scrollTo(0, 150);
+} else {
+  for (let i = 1; i < 1000; i++) clearInterval(i);  // once is enough
+  const place = document.querySelector(".plot");
+  document.title = ["again", place.layout.sliders[0].active, place.calcdata[0][0].z[1][1], scrollY].join(" ");
+}
+"""
+
+
+def test_a_page_that_reloads_itself_keeps_the_slider_and_the_place(tmp_path):
+    report = viz.Report("x").figure(viz.slider(maps(2)))
+    for _ in range(40):
+        report.text("words")
+    again = report.to_html(reload=1.0)
+    assert "location.reload()" in again and "location.reload()" not in report.to_html()
+    path = tmp_path / "a.html"
+    policy, body = again.index("<meta http-equiv"), again.index('<meta name="viewport"')
+    # the reader's own script is not among those that the page allows
+    path.write_text(again[:policy] + again[body:].replace("</body>", f"<script>{_READER}</script></body>"))
+    page = open_page(path)
+    assert "<title>again 0 1 150</title>" in page.dom
