@@ -63,7 +63,7 @@ print(f"held out: {before:.2f} before, {after:.2f} after; a uniform guess: {math
 
 # %%
 sample = model.generate("ROMEO.\n", 20 if tiny else data.window - 8, temperature=0.8, seed=0)
-print(sample.text[0], "\n")
+print(sample.text, "\n")
 
 # %% [markdown]
 # Which heads attend to the previous character, and is there an induction head? The sequences are random characters that
@@ -110,9 +110,9 @@ report = Report("A GPT trained on Shakespeare by character")
 report.numbers(
     {"parameters": sum(p.numel() for p in model.parameters()), "held out, nats": float(run.held_out_loss[-1])}
 )
-report.text(sample.text[0])
-report.figure(losses, "Mean loss of 64 windows from the last tenth of the text").table(run.table())
-report.figure(attention, "The heads with the highest previous-token and induction scores").table(scores.table())
+report.text(sample.text)
+report.figure(losses, "Mean loss of 64 windows from the last tenth of the text")
+report.figure(attention, "The heads with the highest previous-token and induction scores, which may be low").table(scores.table())
 report.figure(lens.figure(), "The most likely character before every block").table(lens.table())
 if hasattr(sys, "ps1") or "ipykernel" in sys.modules:
     losses.show()
