@@ -67,7 +67,8 @@ print(sample.text, "\n")
 
 # %% [markdown]
 # Which heads attend to the previous character, and is there an induction head? The sequences are random characters that
-# repeat, so the words of the plays do not help.
+# repeat, so the words of the plays do not help. The highest induction score of a small model may be low: compare it
+# with its interval and q.
 
 # %%
 scores = score_heads(model)
@@ -112,7 +113,7 @@ report.numbers(
 )
 report.text(sample.text)
 report.figure(losses, "Mean loss of 64 windows from the last tenth of the text")
-report.figure(attention, "The heads with the highest previous-token and induction scores, which may be low").table(scores.table())
+report.figure(attention, "The heads with the highest previous-token and induction scores").table(scores.table())
 report.figure(lens.figure(), "The most likely character before every block").table(lens.table())
 if hasattr(sys, "ps1") or "ipykernel" in sys.modules:
     losses.show()
