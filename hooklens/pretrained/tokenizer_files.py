@@ -22,9 +22,17 @@ def read_folder(folder: Path) -> dict[str, Any]:
         backend = tokenizers.Tokenizer.from_str(read_text(path, "a tokenizer"))
         backend.no_truncation()
         backend.no_padding()
-        # An inconsistent file causes a panic, but only when the tokenizer is used.
-        backend.decode(backend.encode("Two words, 1984.", add_special_tokens=False).ids)
+        _try(backend)
         return _fields(backend, folder)
+
+
+def _try(backend: Any) -> None:
+    """Use a tokenizer once: an inconsistent file causes a panic, but only then."""
+    try:
+        backend.decode(backend.encode("Two words, 1984.", add_special_tokens=False).ids)
+    except Exception as error:
+        if "Missing [UNK]" not in str(error):  # a vocabulary of characters or words that does not know this text
+            raise
 
 
 def _fields(backend: Any, folder: Path) -> dict[str, Any]:

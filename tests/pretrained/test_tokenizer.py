@@ -175,6 +175,14 @@ def test_a_word_that_is_unknown_is_no_single_token():
         tokenizer.to_single_token("Anna")
 
 
+def test_a_vocabulary_of_characters_is_read_back(tmp_path):
+    characters = tokenizers.models.WordLevel({"a": 0, "b": 1, "\n": 2}, unk_token="<unk>")
+    backend = tokenizers.Tokenizer(characters)
+    backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    Tokenizer(backend).save(tmp_path)
+    assert Tokenizer.from_folder(tmp_path).encode("ab\na") == [0, 1, 2, 0]
+
+
 def test_single_tokens_of_sentencepiece_with_a_leading_space():
     """Its own space in front makes two tokens of ' a'; the vocabulary's '▁a' is what is meant."""
     metadata = sentencepiece()

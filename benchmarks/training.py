@@ -1,0 +1,238 @@
+"""What does recording a run cost, and how fast is a training step?
+
+The bars: 10 % of a step, 1.0x transformers, 0.6x TransformerLens 3.9.0. Recording: `hl.train` against the same steps
+without its record, on a model of width 128 and 4 layers, 16 x 64 tokens; a block of steps holds one evaluation of 64
+windows. Steps: GPT-2-small shape, the same weights, 2 x 128 tokens, float32, AdamW. TransformerLens does not tie the
+unembedding to the embedding, and so trains 39 million parameters more. Run: python -m benchmarks.training
+"""
+
+import argparse
+import importlib.util
+import statistics
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+import hooklens as hl
+from benchmarks import peers
+from benchmarks.rounds import alternate, ratios, write
+from hooklens.data.batches import Batch, TrainingData, next_token_batch
+from hooklens.training import AdamW, Settings
+from hooklens.training.parameter_vector import ParameterVector
+
+OPTIMIZER = AdamW(lr=1e-4)
+RECORDING, HUGGING_FACE, TRANSFORMER_LENS = 1.1, 1.0, 0.6  # the bars, as ratios of time
+N_CHECKED = 4  # steps whose losses are compared between the contenders
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--rounds", type=int, default=15)
+    options.add_argument(
+        "--block", type=int, default=40, help="steps between two evaluations, where recording is timed"
+    )
+    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--fused", action="store_true", help="the peers use torch's fused AdamW")
+    options.add_argument("--dry", action="store_true", help="print the seconds and write no file")
+    chosen = options.parse_args()
+    torch.set_num_threads(chosen.threads)
+    rows, raw = recording(chosen.rounds, chosen.block, chosen.threads)
+    for part in steps(chosen.rounds, chosen.threads, chosen.fused):
+        rows, raw = rows + part[0], raw | part[1]
+    if chosen.dry:
+        print(*rows, sep="\n")
+    else:
+        write("training", "Recording a run, and a training step", rows, raw)
+
+
+@dataclass(frozen=True)
+class RandomTokens(TrainingData):
+    """Windows of random tokens: what they say does not change what a step costs."""
+
+    d_vocab: int
+    window: int
+    evaluated: int
+
+    def batch(self, step: int, size: int) -> Batch:
+        generator = torch.Generator().manual_seed(step)
+        return next_token_batch(torch.randint(self.d_vocab, (size, self.window + 1), generator=generator))
+
+    def held_out(self, size: int) -> Iterator[Batch]:
+        for start in range(0, self.evaluated, size):
+            yield self.batch(2**40 + start, min(size, self.evaluated - start))
+
+    def description(self) -> str:
+        return "nothing: random tokens"
+
+    def identity(self) -> dict[str, Any]:
+        return {"task": "random tokens", "d_vocab": self.d_vocab, "window": self.window, "evaluated": self.evaluated}
+
+
+class Recorded:
+    """`hl.train` in a thread that waits after every step: each call lets it take one more, with all that it records."""
+
+    def __init__(self, model: Any, data: TrainingData, settings: Settings, *, steps: int, threads: int):
+        self.losses: list[float] = []
+        self._error: BaseException | None = None
+        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._over = False
+        self._arguments = (model, data, settings, steps, threads)
+        self._thread = threading.Thread(target=self._train, daemon=True)
+        self._thread.start()
+        self._wait()  # the first step, after the evaluation of the untrained model
+
+    def _train(self) -> None:
+        model, data, settings, steps, threads = self._arguments
+        torch.set_num_threads(threads)  # the setting belongs to a thread
+        try:
+            hl.train(model, data, steps=steps, settings=settings, after_step=self._pause, show=False)
+        except _Over:
+            pass
+        except BaseException as error:
+            self._error = error
+        self._done.release()
+
+    def _pause(self, step: int, loss: float) -> None:
+        self.losses.append(loss)
+        self._done.release()
+        self._go.acquire()
+        if self._over:
+            raise _Over
+
+    def _wait(self) -> None:
+        self._done.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def __call__(self) -> None:
+        self._go.release()
+        self._wait()
+
+    def close(self) -> None:
+        """End the run before its last step, so that no final state is written."""
+        self._over = True
+        self._go.release()
+        self._thread.join()
+
+
+class _Over(Exception):
+    """Ends the training thread."""
+
+
+class Unrecorded:
+    """The same steps without a record: batch, forward and backward pass, optimiser."""
+
+    def __init__(self, model: Any, data: TrainingData, settings: Settings):
+        self.model, self.data, self.settings = model, data, settings
+        self.vector, self.t = ParameterVector(model), 0
+        self.grads = torch.zeros_like(self.vector.values)
+        self.slots = {name: torch.zeros_like(self.vector.values) for name in settings.optimizer.kept}
+        self.spans = list(self.vector.slices.values())
+        self()
+
+    def __call__(self) -> None:
+        batch = self.data.batch(self.t, self.settings.batch)
+        output = self.model(batch.inputs)
+        self.settings.loss(output[batch.counts], batch.targets[batch.counts]).mean().backward()
+        self.vector.gather_gradients(self.grads)
+        self.t += 1
+        rate = self.settings.optimizer.lr
+        self.settings.optimizer.step(self.vector.values, self.grads, self.slots, t=self.t, rate=rate, spans=self.spans)
+
+
+class Peer:
+    """A step of another library's model with torch's AdamW."""
+
+    def __init__(self, logits: Callable[[Any], Any], module: torch.nn.Module, data: TrainingData, fused: bool):
+        self.logits, self.data = logits, data
+        self.optimizer = torch.optim.AdamW(
+            module.parameters(),
+            lr=OPTIMIZER.lr,
+            betas=(OPTIMIZER.betas[0], OPTIMIZER.betas[1]),
+            eps=OPTIMIZER.eps,
+            weight_decay=OPTIMIZER.weight_decay,
+            fused=fused,
+        )
+        self.losses: list[float] = []
+        self()
+
+    def __call__(self) -> None:
+        batch = self.data.batch(len(self.losses), 2)
+        loss = cross_entropy(self.logits(batch.inputs).flatten(0, 1), batch.targets.flatten())
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.losses.append(float(loss.detach()))
+
+
+def recording(rounds: int, block: int, threads: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    cfg = hl.HookedTransformerConfig(n_layers=4, d_model=128, n_heads=4, n_ctx=64, d_vocab=80)
+    data, n = RandomTokens(80, 64, evaluated=64), (rounds + 2) * block
+    settings = Settings(batch=16, optimizer=OPTIMIZER, schedule="constant", evaluate=rounds + 2)
+    recorded = Recorded(hl.HookedTransformer(cfg), data, settings, steps=n, threads=threads)
+    bare = Unrecorded(hl.HookedTransformer(cfg), data, settings)
+    runs = {"recorded": lambda: repeat(recorded, block), "not recorded": lambda: repeat(bare, block)}
+    repeat(recorded, block - 1)  # both at the end of their first block
+    repeat(bare, block - 1)
+    seconds = alternate(runs, rounds)
+    recorded.close()
+    row = {"what": f"{block} steps and 1 evaluation", "bar": RECORDING}
+    return table(seconds, {"recorded": ("not recorded", row)}), {"recording": seconds}
+
+
+def repeat(run: Callable[[], None], times: int) -> None:
+    for _ in range(times):
+        run()
+
+
+def steps(rounds: int, threads: int, fused: bool) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
+    """Against each peer that is installed, so that two models are in memory at a time."""
+    data = RandomTokens(peers.SIZES["d_vocab"], 128, evaluated=2)
+    against: dict[str, tuple[str, Callable[[Any], Any], float]] = {
+        "transformers": ("transformers", peers.hugging_face, HUGGING_FACE),
+        "TransformerLens": ("transformer_lens", peers.transformer_lens, TRANSFORMER_LENS),
+    }
+    for name, (package, build, bar) in against.items():
+        if importlib.util.find_spec(package) is None:
+            print(f"{name} is not installed and is left out")
+            continue
+        model = peers.ours()
+        module = build(model)
+        with torch.no_grad():
+            batch = data.batch(0, 2)
+            gap = float((logits_of(name, module)(batch.inputs) - model(batch.inputs)).abs().max())
+        peer = Peer(logits_of(name, module), module, data, fused)
+        settings = Settings(batch=2, optimizer=OPTIMIZER, schedule="constant", evaluate=1, checkpoints=1)
+        ours = Recorded(model, data, settings, steps=rounds + 10, threads=threads)
+        seconds = alternate({"hooklens": ours, name: peer}, rounds)
+        ours.close()
+        checked = [(a, b) for a, b in zip(ours.losses[:N_CHECKED], peer.losses[:N_CHECKED], strict=True)]
+        row = {"what": "a step, GPT-2-small shape", "bar": bar}
+        raw = {"seconds": seconds, "largest logit difference": gap, "losses": checked, "fused": fused}
+        yield table(seconds, {"hooklens": (name, row)}), {name: raw}
+
+
+def logits_of(name: str, module: Any) -> Callable[[Any], Any]:
+    """A function from tokens to logits, in the mode in which no dropout acts."""
+    if name == "transformers":
+        return lambda tokens: module(tokens, use_cache=False).logits
+    return module
+
+
+def table(seconds: dict[str, list[float]], against: dict[str, tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    rows = []
+    for who, each in seconds.items():
+        row: dict[str, Any] = {"what": "", "who": who, "median ms": 1000 * statistics.median(each)}
+        if who in against:
+            other, more = against[who]
+            row |= {"ratio to": other} | ratios(seconds, who, other) | more
+        rows.append(row)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
