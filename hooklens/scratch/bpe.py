@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from unicodedata import category
 
 from hooklens.core.arguments import whole
@@ -13,7 +14,7 @@ from hooklens.pretrained.byte_letters import byte_values
 
 Pair = tuple[bytes, bytes]
 _BYTES = [bytes([byte]) for byte in byte_values().values()]  # GPT-2's order: printable bytes first
-# GPT-2's pattern of a word: letters, digits or signs with the space before them; the last space goes with the next word.
+# GPT-2's pattern of a word: letters, digits or signs with the space before them; the last space joins the next word.
 _WORD = re.compile(r"'(?:[stmd]|ll|ve|re)| ?[a-zA-Z]+| ?[0-9]+| ?[^\sa-zA-Z0-9]+|\s+(?!\S)|\s+", re.ASCII)
 
 
@@ -47,7 +48,7 @@ class BytePairs:
 
     def _pieces(self, word: str) -> list[bytes]:
         pieces, never = _bytes(word), len(self.merges)
-        while pairs := list(zip(pieces, pieces[1:], strict=False)):
+        while pairs := list(pairwise(pieces)):
             best = min(pairs, key=lambda pair: self._rank.get(pair, never))
             if best not in self._rank:
                 break
@@ -56,7 +57,10 @@ class BytePairs:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of some tokens. Bytes that are not UTF-8 become the replacement character."""
-        return b"".join(self.vocabulary[token] for token in tokens).decode(errors="replace")
+        pieces, tokens = self.vocabulary, list(tokens)
+        if unknown := [token for token in tokens if not 0 <= token < len(pieces)]:
+            raise InputError(f"tokens are 0 to {len(pieces) - 1}, got {unknown[0]}")
+        return b"".join(pieces[token] for token in tokens).decode(errors="replace")
 
 
 def train_byte_pairs(texts: Iterable[str], d_vocab: int) -> BytePairs:
@@ -78,7 +82,7 @@ def train_byte_pairs(texts: Iterable[str], d_vocab: int) -> BytePairs:
     while len(number) < d_vocab:
         pairs: Counter[Pair] = Counter()
         for word, pieces in split.items():
-            for pair in zip(pieces, pieces[1:], strict=False):
+            for pair in pairwise(pieces):
                 pairs[pair] += counts[word]
         if not pairs:
             break

@@ -42,8 +42,8 @@ def cross_entropy(output: Out, target: Shaped[Tensor, " row"]) -> tuple[float, O
     n, n_classes = output.shape
     if target.shape != (n,) or target.dtype != torch.int64:
         raise InputError(
-            f"cross_entropy takes one class per row, whole numbers in torch.int64 of shape [{n}], got {target.dtype} of "
-            f"shape {list(target.shape)}"
+            f"cross_entropy takes one class per row, whole numbers in torch.int64 of shape [{n}], got {target.dtype} "
+            f"of shape {list(target.shape)}"
         )
     if n and not 0 <= int(target.min()) <= int(target.max()) < n_classes:
         seen = f"{int(target.min())} to {int(target.max())}"
@@ -68,7 +68,7 @@ class Trainer:
     """
 
     model: Layer
-    rule: Optimizer = SGD(lr=0.1, momentum=0.9)
+    rule: Optimizer = field(default_factory=lambda: SGD(lr=0.1, momentum=0.9))
     loss: Loss = squared_error
     steps_done: int = field(default=0, init=False)
     _kept: dict[tuple[int, str], dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
@@ -77,9 +77,7 @@ class Trainer:
         if not (self.rule.lr > 0 and math.isfinite(self.rule.lr)):
             raise InputError(f"a learning rate is a finite number above 0, got {self.rule.lr}; try 0.1")
 
-    def fit(
-        self, x: Rows, target: Target, *, steps: int, batch: int | None = None, seed: int = 0
-    ) -> list[float]:
+    def fit(self, x: Rows, target: Target, *, steps: int, batch: int | None = None, seed: int = 0) -> list[float]:
         """Train on these rows and return the loss of every step, measured before the step changes the model.
 
         Every step sees all rows, or `batch` of them that are drawn with replacement.
@@ -115,7 +113,7 @@ class Trainer:
         return value
 
     def _change(self, parameter: Tensor, gradient: Tensor, key: tuple[int, str], rate: float) -> None:
-        """Let the rule change one parameter, in place. It sees vectors, and keeps its own (such as momentum) by name."""
+        """Let the rule change one parameter in place. It sees vectors, and keeps its own (momentum) by name."""
         values, grads = parameter.view(-1), gradient.reshape(-1).clone()
         kept = self._kept.setdefault(key, {slot: torch.zeros_like(values) for slot in self.rule.kept})
         self.rule.step(values, grads, kept, t=self.steps_done, rate=rate, spans=[slice(0, len(values))])

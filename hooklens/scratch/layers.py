@@ -1,6 +1,7 @@
 """Layers with a backward pass by hand, on plain tensors: no autograd, no modules."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -127,7 +128,7 @@ class Sequential(Layer):
                 raise WrongType(f"Sequential takes layers, such as Linear(2, 8) and ReLU(), got {layer!r:.80}")
         self.layers = layers
         linear = [part for part in self.parts() if isinstance(part, Linear)]
-        for first, second in zip(linear, linear[1:], strict=False):
+        for first, second in pairwise(linear):
             if first.n_out != second.n_in:
                 raise InputError(
                     f"a Linear layer with {first.n_out} outputs cannot be followed by one of {second.n_in} inputs; "

@@ -18,8 +18,8 @@ from hooklens.scratch.layers import Linear, Sequential, check_rows
 class NeuronViews(Result):
     """The neurons over a square. L0N3 is neuron 3 behind the first Linear layer; `out0` is an output of the network.
 
-    `pre` is the value before the nonlinearity and `post` the value after it. A neuron switches where `pre` is 0: along a
-    straight line in the first layer, along one that bends at the lines of the layers before in the others.
+    `pre` is the value before the nonlinearity and `post` the value after it. A neuron switches where `pre` is 0: along
+    a straight line in the first layer, along one that bends at the lines of the layers before in the others.
     """
 
     names: list[str]
@@ -93,7 +93,9 @@ def view_neurons(
     )
 
 
-def _neurons(model: Sequential, x: Tensor) -> tuple[list[str], Float[Tensor, "row neuron"], Float[Tensor, "row neuron"]]:
+def _neurons(
+    model: Sequential, x: Tensor
+) -> tuple[list[str], Float[Tensor, "row neuron"], Float[Tensor, "row neuron"]]:
     """The values of all neurons before and after their nonlinearity; the outputs of the network last."""
     names, pre, post, layer = [], [], [], 0
     parts = model.parts()

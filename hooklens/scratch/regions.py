@@ -44,7 +44,8 @@ class Region:
         """The exact area (shoelace formula)."""
         places = [(Fraction(X, W), Fraction(Y, W)) for X, Y, W in self.corners]
         following = [*places[1:], places[0]]
-        return abs(sum(x * v - u * y for (x, y), (u, v) in zip(places, following, strict=True))) / 2
+        doubled = sum((x * v - u * y for (x, y), (u, v) in zip(places, following, strict=True)), Fraction(0))
+        return abs(doubled) / 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +137,8 @@ def arrangement_regions(n_lines: int, d: int = 2) -> int:
     Reference: Schlaefli (1901); Zaslavsky (1975), "Facing up to arrangements"; Pascanu et al. (2013), "On the number of
     response regions of deep feedforward networks with piecewise linear activations", proposition 2.
     """
-    whole("n_lines", n_lines), whole("d", d, 1)
+    whole("n_lines", n_lines)
+    whole("d", d, 1)
     return sum(math.comb(n_lines, k) for k in range(d + 1))
 
 
@@ -242,7 +244,9 @@ def _check(model: Sequential) -> None:
     layers = model.parts()
     if not all(isinstance(layer, Linear | ReLU) for layer in layers):
         kinds = ", ".join(type(layer).__name__ for layer in layers)
-        raise InputError(f"regions are counted for Linear and ReLU layers, got {kinds}; use ReLU, as a GELU bends smoothly")
+        raise InputError(
+            f"regions are counted for Linear and ReLU layers, got {kinds}; use ReLU, as a GELU bends smoothly"
+        )
     if not layers or not isinstance(layers[0], Linear) or layers[0].n_in != 2:
         raise InputError("regions are counted on the plane: the first layer is a Linear layer of 2 inputs")
     for layer in layers:

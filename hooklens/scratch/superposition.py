@@ -38,7 +38,8 @@ class TiedAutoencoder(Layer):
 
     def __init__(self, n_features: int, n_hidden: int, *, hidden: Literal["linear", "relu"] = "linear", seed: int = 0):
         super().__init__()
-        whole("n_features", n_features, 1), whole("n_hidden", n_hidden, 1)
+        whole("n_features", n_features, 1)
+        whole("n_hidden", n_hidden, 1)
         if hidden not in _HIDDEN:
             raise did_you_mean("kind of hidden layer", hidden, _HIDDEN)
         self.hidden: Layer = ReLU() if hidden == "relu" else Sequential()  # no layers at all: the identity
@@ -100,8 +101,9 @@ def features_per_neuron(responses: Responses) -> Float[Tensor, "neuron"]:
 class Superposition(Result):
     """A trained toy: its weights, what each neuron responds to, and how many features share it.
 
-    `dimensions` is `feature_dimensions` of W; `per_neuron` is `features_per_neuron` of the responses. A neuron with more
-    than 1.5 is called polysemantic: it responds to a second feature at least half as strongly (in squares) as to a first.
+    `dimensions` is `feature_dimensions` of W; `per_neuron` is `features_per_neuron` of the responses. A neuron
+    with more than 1.5 is called polysemantic: had it two features, the squared response to one would be at least a
+    quarter of that to the other.
     """
 
     W: Float[Tensor, "hidden feature"]
@@ -113,7 +115,7 @@ class Superposition(Result):
     density: float
 
     terms = {
-        "dimension": "share of a hidden dimension that the feature has: 1 alone, 1/2 in an antipodal pair, 0 not stored",
+        "dimension": "share of a hidden dimension: 1 alone, 1/2 in an antipodal pair, 0 not stored",
         "strongest neuron": "the hidden dimension with the largest response to the feature alone",
     }
 

@@ -34,7 +34,7 @@ def plane_maps(
     >>> [trace.type for trace in figure.data]
     ['heatmap', 'heatmap']
 
-    `places` are the coordinates along both axes. A line is drawn where `boundaries` is 0; `points` are drawn on all maps.
+    `places` are the coordinates along both axes. A line is drawn where `boundaries` is 0; `points` are on all maps.
     """
     array, at = as_array(values, "map y x", "plane_maps"), as_array(places, "x", "plane_maps")
     if array.shape[1:] != (len(at), len(at)) or len(array) == 0:
