@@ -114,12 +114,14 @@ def words(text: str) -> list[str]:
     >>> words("It's 12 o'clock,  été!")
     ['It', "'s", ' 12', ' o', "'", 'clock', ',', ' ', ' été', '!']
     """
-    plain = "".join(character if character.isascii() else _ascii_like(character) for character in text)
+    plain = "".join(map(_ascii_like, text))
     return [text[match.start() : match.end()] for match in _WORD.finditer(plain)]
 
 
 def _ascii_like(character: str) -> str:
     """An ASCII character of the same kind: the pattern of `re` knows no Unicode categories."""
+    if character.isascii():
+        return character
     if character.isspace():
         return "\n"
     return {"L": "a", "N": "0"}.get(category(character)[0], "!")

@@ -73,7 +73,7 @@ def plane_maps(
 
 def polygons(
     corners: Sequence[Num[Tensor, "corner 2"]],
-    values: Sequence[float],
+    values: Sequence[float | int],
     title: str = "",
     *,
     colourbar: str = "",
