@@ -9,13 +9,13 @@
 # %%
 import os
 import sys
+from pathlib import Path
 
 import torch
 
 import hooklens as hl
 from hooklens.scratch import GELU, Linear, ReLU, Sequential, Trainer, cross_entropy
 from hooklens.viz import lines
-from hooklens.viz.small_multiples import panels
 
 tiny = bool(os.environ.get("HOOKLENS_TINY"))
 width, steps, toy_steps = (3, 10, 10) if tiny else (8, 400, 800)
@@ -104,13 +104,12 @@ print([tokenizer.vocabulary[token].decode() for token in tokenizer.encode("the s
 
 # %%
 curve = lines({"loss": torch.tensor(losses)}, title="Disc or ring: loss", x_title="step", y_title="nats")
-figures = [curve, regions.figure(), *(toy.figure() for toy in (*toys, pentagon))]
+figures = [curve, views.figure(), regions.figure(), *(toy.figure() for toy in (*toys, pentagon))]
 if hasattr(sys, "ps1") or "ipykernel" in sys.modules:
-    views.figure().show()
-    panels(figures).show()
+    for figure in figures:
+        figure.show()
 else:
-    page = views.figure().to_html(include_plotlyjs=True, full_html=False)
-    page += panels(figures).to_html(include_plotlyjs=False, full_html=False)
-    with open("hooklens-13-scratch.html", "w", encoding="utf-8") as file:
-        file.write(f"<!doctype html><meta charset='utf-8'><title>Scratch</title>{page}")
+    drawn = [figure.to_html(include_plotlyjs=not i, full_html=False) for i, figure in enumerate(figures)]
+    page = f"<!doctype html><meta charset='utf-8'><title>A network written by hand</title>{''.join(drawn)}"
+    Path("hooklens-13-scratch.html").write_text(page, encoding="utf-8")
     print("wrote hooklens-13-scratch.html")

@@ -45,7 +45,7 @@ class NeuronViews(Result):
         """A map of every neuron over the plane; a line where it switches, and the given points."""
         from hooklens.viz.plane_drawing import plane_maps
 
-        title = "What each neuron sees: its value, and the line along which it switches"
+        title = "What each neuron sees: its value (0 is white) and the line along which it switches"
         return plane_maps(self.post, self.ticks, self.names, title, boundaries=self.pre, points=self.points)
 
 

@@ -28,13 +28,14 @@ def plane_maps(
     boundaries: Num[Tensor, "map y x"] | None = None,
     points: Num[Tensor, "point 2"] | None = None,
 ) -> go.Figure:
-    """What value has each of these functions over a square? A grid of maps with one colour scale.
+    """What value has each of these functions over a square? A grid of maps, each with its own scale.
 
     >>> figure = plane_maps(torch.rand(2, 5, 5), torch.linspace(-1, 1, 5), ["L0N0", "L0N1"])
     >>> [trace.type for trace in figure.data]
     ['heatmap', 'heatmap']
 
-    `places` are the coordinates along both axes. A line is drawn where `boundaries` is 0; `points` are on all maps.
+    Colours reach from minus to plus the largest absolute value of each map; 0 is white. `places` are the coordinates
+    along both axes. A line is drawn where `boundaries` is 0; `points` are on all maps.
     """
     array, at = as_array(values, "map y x", "plane_maps"), as_array(places, "x", "plane_maps")
     if array.shape[1:] != (len(at), len(at)) or len(array) == 0:
@@ -53,17 +54,17 @@ def plane_maps(
     )
     for index, surface in enumerate(array):
         place = {"row": index // ncols + 1, "col": index % ncols + 1}
-        drawn = go.Heatmap(z=surface, x=at, y=at, coloraxis="coloraxis", name=titles[index], hoverinfo="x+y+z+name")
+        low, high = span(surface, True, 0.0)
+        look = {"colorscale": plotly_scale(DIVERGING), "zmin": low, "zmax": high, "showscale": False}
+        drawn = go.Heatmap(z=surface, x=at, y=at, name=titles[index], hoverinfo="x+y+z+name", **look)
         figure.add_trace(drawn, **place)
         if lines is not None and np.nanmin(lines[index]) < 0 < np.nanmax(lines[index]):
             figure.add_trace(_boundary(lines[index], at), **place)
         if marked is not None and len(marked):
             look = {"mode": "markers", "marker": {"size": 2.5, "color": NEUTRAL, "opacity": 0.6}, "hoverinfo": "skip"}
             figure.add_trace(go.Scatter(x=marked[:, 0], y=marked[:, 1], showlegend=False, **look), **place)
-    low, high = span(array, True, 0.0)
-    scale = {"colorscale": plotly_scale(DIVERGING), "cmin": low, "cmax": high, "colorbar": colour_bar("value")}
     top = 96 if title else 46
-    figure.update_layout(template=template(), coloraxis=scale, height=inside + top + 48, margin_t=top)
+    figure.update_layout(template=template(), height=inside + top + 48, margin_t=top)
     figure.update_layout(title={"text": label(title, 160)}, showlegend=False)
     ends = [float(at[0]), float(at[-1])]
     figure.update_xaxes(range=ends, showgrid=False, zeroline=False, nticks=3)
