@@ -1,21 +1,18 @@
 """A byte-pair tokenizer in about sixty lines: where do the tokens of a vocabulary come from?"""
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from unicodedata import category
 
 from hooklens.core.arguments import whole
 from hooklens.core.errors import InputError, WrongType
 from hooklens.pretrained.byte_letters import byte_values
+from hooklens.scratch.word_pattern import words
 
 Pair = tuple[bytes, bytes]
 _BYTES = [bytes([byte]) for byte in byte_values().values()]  # GPT-2's order: printable bytes first
-# GPT-2's pattern of a word: letters, digits or signs with the space before them; the last space joins the next word.
-_WORD = re.compile(r"'(?:[stmd]|ll|ve|re)| ?[a-zA-Z]+| ?[0-9]+| ?[^\sa-zA-Z0-9]+|\s+(?!\S)|\s+", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -106,25 +103,6 @@ def merged(pieces: list[bytes], pair: Pair) -> list[bytes]:
         else:
             out.append(piece)
     return out
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, by GPT-2's pattern. A letter, digit or space of any script counts as one.
-
-    >>> words("It's 12 o'clock,  été!")
-    ['It', "'s", ' 12', ' o', "'", 'clock', ',', ' ', ' été', '!']
-    """
-    plain = "".join(map(_ascii_like, text))
-    return [text[match.start() : match.end()] for match in _WORD.finditer(plain)]
-
-
-def _ascii_like(character: str) -> str:
-    """An ASCII character of the same kind: the pattern of `re` knows no Unicode categories."""
-    if character.isascii():
-        return character
-    if character.isspace():
-        return "\n"
-    return {"L": "a", "N": "0"}.get(category(character)[0], "!")
 
 
 def _bytes(word: str) -> list[bytes]:

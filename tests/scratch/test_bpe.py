@@ -6,6 +6,7 @@ import pytest
 from refused import refused
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+import hooklens as hl
 from hooklens.core.errors import InputError, WrongType
 from hooklens.pretrained.byte_letters import byte_values, in_letters
 from hooklens.scratch import train_byte_pairs
@@ -97,3 +98,7 @@ def test_unknown_tokens_and_half_characters():
     for token in (-1, 256):
         with refused(InputError, "tokens are 0 to 255"):
             tokenizer.decode([token])
+
+
+def test_the_module_is_reached_by_its_name():
+    assert hl.scratch.bpe.words is words and hl.scratch.train_byte_pairs is train_byte_pairs
