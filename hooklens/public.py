@@ -25,7 +25,7 @@ from hooklens.sweeps.resume import Resume
 from hooklens.sweeps.settings import engine
 
 if TYPE_CHECKING:
-    from hooklens import data, studies, training
+    from hooklens import data, scratch, studies, training
     from hooklens.plugins import circuits, heads, lens, patching, probing, steering, weights
     from hooklens.plugins.lens import logit_lens
     from hooklens.plugins.patching import Mean, PatchSweep, Replacement, ablate, patch, path_patch
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 #: its whole family.
 _PLUGINS = ("circuits", "heads", "lens", "patching", "probing", "steering", "weights")
 _FAMILIES = {name: f"hooklens.plugins.{name}" for name in _PLUGINS}
-_FAMILIES |= {name: f"hooklens.{name}" for name in ("data", "studies", "training")}
+_FAMILIES |= {name: f"hooklens.{name}" for name in ("data", "scratch", "studies", "training")}
 _VERBS = {
     **dict.fromkeys(("Mean", "PatchSweep", "Replacement", "ablate", "patch", "path_patch"), "patching"),
     **dict.fromkeys(("checkpoints", "open_run", "train"), "training"),
@@ -89,6 +89,7 @@ __all__ = [
     "probing",
     "recovered",
     "save",
+    "scratch",
     "site",
     "steer",
     "steering",

@@ -53,6 +53,7 @@ NAMES = [
     "probing",
     "recovered",
     "save",
+    "scratch",
     "site",
     "steer",
     "steering",
@@ -189,7 +190,8 @@ def test_a_star_import_brings_the_names():
 
 def test_a_submodule_hides_no_name(seen):
     assert seen["patch"] == "hooklens.plugins.patching.activation"
-    files = {path.stem for path in Path(hl.__file__).parent.iterdir()} - {"data", "studies", "training"}  # which are the packages themselves
+    packages = {"data", "scratch", "studies", "training"}  # which are the names themselves
+    files = {path.stem for path in Path(hl.__file__).parent.iterdir()} - packages
     assert not files & set(NAMES)
 
 
