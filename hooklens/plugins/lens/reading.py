@@ -233,8 +233,9 @@ def read_streams(
         for start in range(0, n_rows, many):
             rows = slice(start, start + many)
             x = streams[:own, rows]
-            if translate is not None:
-                x = torch.stack([translate(i, x[i]) if i < n_layers - 1 else x[i] for i in range(own)])
+            if translate is not None and n_layers > 1:
+                translated = [translate(i, stream) for i, stream in enumerate(x[: n_layers - 1])]
+                x = torch.cat([torch.stack(translated), x[n_layers - 1 :]])
             last = None if final is None else final[rows]
             blocks.append(_read_block(model, x, last, asked[rows], others=others[rows], k=k))
             advance(n_layers * len(asked[rows]))
