@@ -330,7 +330,8 @@ def _sums(logits: Float[Tensor, "row d_vocab"], bounds: Float[Tensor, "row bound
         at_least=bounds.new_empty(n_rows, n_asked, dtype=torch.long),
     )
     scratch = bounds.new_empty(few, d_vocab)
-    count = _counted_by_numpy if _numpy_counts(logits) else _counted
+    few_threads = logits.device.type == "cpu" and torch.get_num_threads() <= _NUMPY_COUNTS_UP_TO
+    count = _counted_by_numpy if few_threads else _counted
     for start in range(0, n_rows, few):
         rows = slice(start, start + few)
         z = logits[rows].to(bounds.dtype)
@@ -344,10 +345,6 @@ def _sums(logits: Float[Tensor, "row d_vocab"], bounds: Float[Tensor, "row bound
         z = logits[some].to(bounds.dtype)
         sums.mean[some] = expected(z.softmax(-1), z)
     return sums
-
-
-def _numpy_counts(logits: Tensor) -> bool:
-    return logits.device.type == "cpu" and torch.get_num_threads() <= _NUMPY_COUNTS_UP_TO
 
 
 def _counted_by_numpy(z: Tensor, bounds: Tensor, *, larger: Tensor, at_least: Tensor) -> None:
