@@ -20,7 +20,7 @@ Kept = Float[Tensor, "kept_batch room kv_head d_head"]
 Queries = Float[Tensor, "batch query_pos head d_head"]
 Angles = Float[Tensor, "*batch table_pos turned"]
 # The memory of a cache whose layers are one tensor, and each layer's share of it.
-Joined = tuple[Float[Tensor, "layer batch room key_value kv_head d_head"], list[tuple[Store, Store]]]
+Joined = tuple[Float[Tensor, "layer _batch _room key_value kv_head d_head"], list[tuple[Tensor, Tensor]]]
 QueryAngles = Float[Tensor, "*query_batch query_pos turned"]
 
 
