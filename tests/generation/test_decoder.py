@@ -149,8 +149,8 @@ def test_a_layer_of_a_step_takes_few_calls(weights):
         return ops.n
 
     # 7 products (or 4 and their outputs), 2 norms of 3 or 5, 3 to turn, 1 copy into the cache, attention, the MLP
-    assert calls(3) - calls(2) <= (27 if weights == "plain" else 32)
-    assert calls(2) <= 90
+    assert calls(3) - calls(2) <= (21 if weights == "plain" else 29)
+    assert calls(2) <= (60 if weights == "plain" else 76)
 
 
 @pytest.mark.parametrize("weights", ["plain"], indirect=True)
