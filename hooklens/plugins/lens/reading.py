@@ -304,7 +304,7 @@ def _target_means(
     z = logits.to(target.dtype)
     means = torch.stack([z[:, row] @ weights for row, weights in enumerate(target)], 1)
     for layer, row in (~means.isfinite()).nonzero().tolist():
-        means[layer, row] = expected(target[row], z[layer, row])
+        means[layer, row] = expected(target[row : row + 1], z[layer, row : row + 1])
     return means
 
 
