@@ -8,12 +8,14 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from hooklens.core.hooks import HookPoint, edited_elsewhere
 from hooklens.model.attention import Attention
@@ -73,9 +75,9 @@ class Decoder:
         self.points = list(model.hook_points().values())
         modules = [module for module in model.modules() if not isinstance(module, HookPoint)]
         self.parts = [vars(module) for module in modules]
-        held = [(m._parameters, name) for m in modules for name in m._parameters]
-        self.held = [(at, name) for at, name in held if at[name] is not None]
-        self.weights: list[Any] = [at[name] for at, name in self.held]
+        self.tables = [table for module in modules for table in (module._parameters, module._modules)]
+        self.held = _held(self.tables)
+        self.weights: list[Any] = [held for held in self.held if isinstance(held, Tensor)]
         self.state = _state(self.weights)
         product = self._product(rows, steps)
         self.layers = [_Layer(block, product) for block in model.blocks]
@@ -103,10 +105,11 @@ class Decoder:
         return partial(_Vector, alike=alike)
 
     def serves(self) -> bool:
-        """Whether every weight is unchanged and no hook is active."""
+        """Whether every module and weight is unchanged and no hook is active."""
         if edited_elsewhere(self.points) or _hooked(self.parts):
             return False
-        same = all(map(operator.is_, self.weights, [at[name] for at, name in self.held]))
+        held = _held(self.tables)
+        same = len(held) == len(self.held) and all(map(operator.is_, self.held, held))
         return same and self.state == _state(self.weights)
 
     def __call__(self, tokens: Int[Tensor, "batch 1"], past: KVCache) -> Float[Tensor, "batch d_vocab"]:
@@ -348,6 +351,11 @@ class _Layer:
         return mix(query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), view)
 
 
+def _held(tables: Iterable[dict[str, Any]]) -> list[Any]:
+    """The parameters and modules, and None where there is none, that modules hold now."""
+    return list(chain.from_iterable(map(dict.values, tables)))
+
+
 def _state(weights: list[Tensor]) -> tuple[list[int], list[int]]:
     """What changes if a weight is edited or given other data."""
     return list(map(operator.attrgetter("_version"), weights)), list(map(Tensor.data_ptr, weights))
@@ -355,4 +363,6 @@ def _state(weights: list[Tensor]) -> tuple[list[int], list[int]]:
 
 def _hooked(parts: Iterable[dict[str, Any]]) -> bool:
     """Whether one of these modules, given by their attributes, has a torch hook or a replaced forward."""
+    if _has_any_global_hook():
+        return True
     return any(part["_forward_hooks"] or part["_forward_pre_hooks"] or "forward" in part for part in parts)

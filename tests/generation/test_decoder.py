@@ -4,6 +4,7 @@ import pytest
 import torch
 from model.zoo import ZOO, zoo_model
 from packing import needs_packing
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hooklens.core.errors import InputError
@@ -235,7 +236,7 @@ def test_a_generation_uses_it_and_finds_the_same_tokens(counted):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("edit", ["weight", "replaced", "hook", "torch hook"])
+@pytest.mark.parametrize("edit", ["weight", "replaced", "hook", "torch hook", "bias", "no norm", "MLP", "global hook"])
 def test_an_edit_in_the_middle_counts_from_its_step_on(edit, counted, monkeypatch):
     def change(model):
         with torch.no_grad():
@@ -245,6 +246,15 @@ def test_an_edit_in_the_middle_counts_from_its_step_on(edit, counted, monkeypatc
                 model.unembed.linear.weight = torch.nn.Parameter(-model.unembed.linear.weight)
             elif edit == "torch hook":
                 model.ln_final.register_forward_hook(lambda m, args, out: -out)
+            elif edit == "bias":
+                model.unembed.linear.bias = torch.nn.Parameter(torch.arange(model.cfg.d_vocab_out).float())
+            elif edit == "no norm":
+                model.ln_final = None
+            elif edit == "MLP":
+                model.blocks[0].mlp = model.blocks[1].mlp
+            elif edit == "global hook":
+                norm = model.ln_final
+                handles.append(register_module_forward_hook(lambda m, args, out: -out if m is norm else None))
             else:
                 model.add_hook("unembed.hook_in", lambda act, hook: -act)
 
@@ -258,9 +268,13 @@ def test_an_edit_in_the_middle_counts_from_its_step_on(edit, counted, monkeypatc
                 change(model)
 
         monkeypatch.setattr(Continuation, "add", add_and_change)
-        return model.generate([1, 2, 3], 30, stop=(), **options).new_tokens[0]
+        try:
+            return model.generate([1, 2, 3], 30, stop=(), **options).new_tokens[0]
+        finally:
+            while handles:
+                handles.pop().remove()
 
-    plain = Continuation.add
+    plain, handles = Continuation.add, []
     expected = run(capture={0: "resid_post"})  # a capture keeps the generation off the decoder
     assert not counted
     assert torch.equal(run(), expected) and len(counted) == 9
