@@ -168,7 +168,10 @@ VERBS = {
         model, put(TOKENS), loss(model, put(TOKENS)), [(0, 0), (1, 1)], value=Mean(put(CORRUPTED))
     ).table(),
     "direction_ablation": lambda model, put: measure_direction_ablation(
-        model, put(TOKENS), put(DIRECTION), _difference(model, put), group=put(torch.tensor([0, 1])), controls=5
+        model,
+        PromptPairs(put(TOKENS), None, _difference(model, put), group=put(torch.tensor([0, 1]))),
+        put(DIRECTION),
+        controls=5,
     ).table(),
     "edges": lambda model, put: run_edges(
         model,

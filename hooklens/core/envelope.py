@@ -98,6 +98,7 @@ def write_envelope(
     """Write a content and tensors as one file, whole or not at all.
 
     >>> import tempfile
+    >>> import torch
     >>> path, schema = tempfile.mkdtemp() + "/tiny", Schema("tiny", 1, "a tiny file", "write_envelope")
     >>> write_envelope(path, schema, {"n": 1}, {"x": torch.ones(2)})
     >>> envelope = read_envelope(path, schema)

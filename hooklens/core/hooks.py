@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import operator
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -348,8 +349,9 @@ class moment(Scope):
 
 def edited_elsewhere(points: Iterable[HookPoint]) -> bool:
     """Whether any of these points has a listener in this thread or task. Shortcuts that skip points fall back if so."""
-    heard = points if _open_scopes else [point for point in points if point.handles]
-    return any(point.listening() for point in heard)
+    if not _open_scopes:
+        return any(map(operator.attrgetter("handles"), points)) and any(point.listening() for point in points)
+    return any(point.listening() for point in points)
 
 
 class HookedPart(nn.Module):

@@ -370,11 +370,11 @@ def _check_room(model: "HookedTransformer", prompts: Sequence[Row], max_new_toke
 
 
 def _check_logits(logits: Logits, step: int) -> None:
-    largest = logits.amax(-1)  # NaN wins a maximum
-    if not bool(largest.isfinite().all()):
-        row = int((~largest.isfinite()).nonzero()[0])
+    largest = logits.amax(-1).tolist()  # NaN wins a maximum
+    row = next((row for row, value in enumerate(largest) if not math.isfinite(value)), None)
+    if row is not None:
         raise InputError(
-            f"the largest logit of row {row} is {float(largest[row])} at step {step}, so no token can be chosen; look "
+            f"the largest logit of row {row} is {largest[row]} at step {step}, so no token can be chosen; look "
             "for a hook that divides by zero or forbids every token, or for weights that are not finite"
         )
 

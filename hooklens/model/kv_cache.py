@@ -1,6 +1,7 @@
 """The state that blocks share in a forward pass: token positions, masks, and earlier keys and values."""
 
 import copy
+import operator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ Store = Float[Tensor, "batch room kv_head d_head"]
 Kept = Float[Tensor, "kept_batch room kv_head d_head"]
 Queries = Float[Tensor, "batch query_pos head d_head"]
 Angles = Float[Tensor, "*batch table_pos turned"]
+# The memory of a cache whose layers are one tensor, and each layer's share of it.
+Joined = tuple[Float[Tensor, "layer _batch _room key_value kv_head d_head"], list[tuple[Tensor, Tensor]]]
 QueryAngles = Float[Tensor, "*query_batch query_pos turned"]
 
 
@@ -58,6 +61,27 @@ class KVCache:
         for store, new in zip(stores, (k, v), strict=True):
             store.narrow(1, self.length, k.shape[1]).copy_(new)  # half the calls of an index, which a short step counts
         return stores[0].narrow(1, 0, end), stores[1].narrow(1, 0, end)
+
+    def joined(self, n_layers: int, new: NewKeys, known: Joined | None = None) -> Joined:
+        """One memory of all layers with room for new keys of this shape, for callers that write them there themselves.
+
+        It is `known`, which an earlier call returned, if that has the room and no layer was moved since.
+        """
+        stores, end = [self._layers.get(layer) for layer in range(n_layers)], self.length + new.shape[1]
+        self._check(0, new, stores[0])
+        if self.length and known is not None and all(map(operator.is_, stores, known[1])) and known[0].shape[2] >= end:
+            return known
+        for layer in range(1, n_layers):
+            self._check(layer, new, stores[layer])
+        room = end if stores[0] is None else stores[0][0].shape[1]
+        size = (n_layers, len(new), room if room >= end else max(end, 2 * room), 2, *new.shape[2:])
+        with torch.inference_mode(False), torch.no_grad():  # what the inference mode makes, only it can write to
+            store = new.new_empty(size)
+            for layer in range(n_layers if self.length else 0):
+                store[layer, :, : self.length] = torch.stack(self.of_layer(layer), 2)
+            shares = [(share[:, :, 0], share[:, :, 1]) for share in store.unbind()]
+        self._layers.update(enumerate(shares))
+        return store, shares
 
     def _check(self, layer: int, k: NewKeys, stores: tuple[Kept, Kept] | None) -> None:
         if self.length and stores is None:

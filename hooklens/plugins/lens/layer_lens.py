@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import whole
 from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs
@@ -164,6 +165,7 @@ def read_lens(
     """Read streams with the given lens, whatever it does to them before they are unembedded."""
     if k < 1:
         raise InputError(f"k is the number of likely tokens to keep per cell, at least 1; got {k}")
+    controls = min(whole("controls", controls), ids.numel())
     reading.check_quiet(model)
     wanted = None if answer is None else _each_position(model, answer, ids)
     one_for_all = wanted is not None and bool((wanted == wanted[0, 0]).all())

@@ -233,8 +233,9 @@ def read_streams(
         for start in range(0, n_rows, many):
             rows = slice(start, start + many)
             x = streams[:own, rows]
-            if translate is not None:
-                x = torch.stack([translate(i, x[i]) if i < n_layers - 1 else x[i] for i in range(own)])
+            if translate is not None and n_layers > 1:
+                translated = [translate(i, stream) for i, stream in enumerate(x[: n_layers - 1])]
+                x = torch.cat([torch.stack(translated), x[n_layers - 1 :]])
             last = None if final is None else final[rows]
             blocks.append(_read_block(model, x, last, asked[rows], others=others[rows], k=k))
             advance(n_layers * len(asked[rows]))
@@ -303,7 +304,7 @@ def _target_means(
     z = logits.to(target.dtype)
     means = torch.stack([z[:, row] @ weights for row, weights in enumerate(target)], 1)
     for layer, row in (~means.isfinite()).nonzero().tolist():
-        means[layer, row] = expected(target[row], z[layer, row])
+        means[layer, row] = expected(target[row : row + 1], z[layer, row : row + 1])
     return means
 
 
@@ -329,7 +330,8 @@ def _sums(logits: Float[Tensor, "row d_vocab"], bounds: Float[Tensor, "row bound
         at_least=bounds.new_empty(n_rows, n_asked, dtype=torch.long),
     )
     scratch = bounds.new_empty(few, d_vocab)
-    count = _counted_by_numpy if _numpy_counts(logits) else _counted
+    few_threads = logits.device.type == "cpu" and torch.get_num_threads() <= _NUMPY_COUNTS_UP_TO
+    count = _counted_by_numpy if few_threads else _counted
     for start in range(0, n_rows, few):
         rows = slice(start, start + few)
         z = logits[rows].to(bounds.dtype)
@@ -343,10 +345,6 @@ def _sums(logits: Float[Tensor, "row d_vocab"], bounds: Float[Tensor, "row bound
         z = logits[some].to(bounds.dtype)
         sums.mean[some] = expected(z.softmax(-1), z)
     return sums
-
-
-def _numpy_counts(logits: Tensor) -> bool:
-    return logits.device.type == "cpu" and torch.get_num_threads() <= _NUMPY_COUNTS_UP_TO
 
 
 def _counted_by_numpy(z: Tensor, bounds: Tensor, *, larger: Tensor, at_least: Tensor) -> None:

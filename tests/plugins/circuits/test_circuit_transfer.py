@@ -236,7 +236,7 @@ def test_what_cannot_be_asked_is_said():
     with pytest.raises(InputError, match="got 8 pairs for 'tiny' and 4"):
         run(there=own_task(model, 4))
     two = hl.logit_diff(model, answer=[1, 2], wrong_answer=[3, 4])
-    with pytest.raises(InputError, match="the metric was made for 2 pairs, and there are 8"):
+    with pytest.raises(InputError, match="the metric was made for 2 pairs, the prompts are 8"):
         run(task=PromptPairs(task.clean, task.corrupted, two))
     with pytest.raises(InputError, match="8 clean and 2 corrupted prompts"):
         run(task=PromptPairs(task.clean, task.corrupted[:2], task.metric))

@@ -63,9 +63,11 @@ def test_every_number_is_that_of_whole_logits(name, monkeypatch):
     model = zoo_model(name, dtype=torch.float64)
     answer = torch.tensor([[1, 2, 3, 4, 0], [0, 0, 1, 2, 4]])
     expected = by_hand(model, TOKENS, answer)
-    for logits_at_once, described_at_once in ((reading._LOGITS_AT_ONCE, 2**20), (40, 11)):  # whole, and row by row
+    whole, by_row = (reading._LOGITS_AT_ONCE, 2**20, 10**9), (40, 11, 0)  # counted by numpy, and by torch
+    for logits_at_once, described_at_once, numpy_up_to in (whole, by_row):
         monkeypatch.setattr(reading, "_LOGITS_AT_ONCE", logits_at_once)
         monkeypatch.setattr(reading, "_DESCRIBED_AT_ONCE", described_at_once)
+        monkeypatch.setattr(reading, "_NUMPY_COUNTS_UP_TO", numpy_up_to)
         lens = logit_lens(model, TOKENS, answer=answer)
         for field, value in expected.items():
             torch.testing.assert_close(getattr(lens, field).double(), value.double(), atol=1e-10, rtol=1e-10)
@@ -94,6 +96,21 @@ def test_ranks_found_elsewhere_are_those_of_the_same_answer_at_other_positions()
         assert found[draw, layer, row] in everywhere[layer, row, others].tolist()
         seen += 1
     assert seen > 20
+
+
+@pytest.mark.parametrize("controls", [0, 1, 5])
+def test_as_many_other_positions_are_controls_as_asked_for(controls):
+    lens = logit_lens(tiny_model(), TOKENS, answer=7, controls=controls)
+    assert lens.control_ranks.shape == (controls, *lens.rank.shape)
+    assert bool(lens.control_rank.isfinite().all()) == (controls > 0)
+    if controls:
+        middle = lens.control_ranks.quantile(0.5, dim=0)
+        torch.testing.assert_close(lens.control_rank, middle)
+
+
+def test_a_number_of_controls_that_is_none_was_a_raw_error():
+    with pytest.raises(InputError, match="controls"):
+        logit_lens(tiny_model(), TOKENS, controls=-1)
 
 
 def test_one_position_has_no_control():
