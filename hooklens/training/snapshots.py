@@ -99,7 +99,11 @@ def checked_choice(value: Any) -> tuple[str | tuple, ...]:
     """The chosen names as a tuple, each a name, or a tuple of name, layer and head."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise WrongType(f'snapshots is a list of names such as "pattern" or ["pattern", 0, 1], got {value!r:.80}')
-    return tuple(entry if isinstance(entry, str) else tuple(entry) for entry in value)
+    entries = list(value)
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, str):
+            entries[i] = tuple(entry)
+    return tuple(entries)
 
 
 def _captured(model: HookedTransformer, chosen: Sequence[str | tuple]) -> Captured:
