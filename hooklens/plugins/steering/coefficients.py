@@ -1,7 +1,7 @@
 """The effect of steering and its cost: effect and fluency over coefficients, compared with random directions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from hooklens.model.ids import show, show_text
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.steering.coefficient_result import CoefficientSweep
-from hooklens.plugins.steering.positions import Positions
+from hooklens.plugins.steering.positions import Positions, check_positions, checked
 from hooklens.plugins.steering.steering_edit import Direction, finite_numbers, steer
 from hooklens.plugins.steering.variants import (
     Row,
@@ -90,13 +90,16 @@ def sweep_coefficients(
     settings = SweepSettings() if settings is None else settings
     if not isinstance(settings, SweepSettings):
         raise WrongType(f"settings is a SweepSettings(...), got {settings!r:.60}")
+    settings = replace(settings, positions=checked(settings.positions))
     plan = _planned(model, direction, coefficients, site, settings)
     pairs = as_pairs(model, prompts, metric=metric, group=settings.group)
     rows, groups = pairs.clean, read_pairs(model, pairs.clean, pairs.clean, ())
+    lengths = [len(row) for row in rows]
+    check_positions(settings.positions, lengths)
     check_metric(pairs.metric, groups)
     with resuming(settings.resume, "SweepSettings") as file:
         texts, losses, repeats = _written(model, plan, rows, settings)
-        read, starts = texts.tokens[: len(rows)], [len(row) for row in rows]
+        read, starts = texts.tokens[: len(rows)], lengths
         if neutral is not None:
             read = texts_of(model, neutral)
             starts = [1] * len(read)

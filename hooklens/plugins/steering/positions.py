@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from hooklens.core.arguments import several
 from hooklens.core.errors import InputError, WrongType, did_you_mean
 from hooklens.core.hooks import HookCall
 
@@ -35,6 +36,23 @@ def checked(positions: Positions) -> Positions:
     if not isinstance(listed, Sequence) or any(isinstance(i, bool) or not isinstance(i, Integral) for i in listed):
         raise WrongType(f"positions must be {', '.join(map(repr, NAMES))}, numbers or a slice, got {positions!r:.60}")
     return [int(i) for i in listed]
+
+
+def check_positions(positions: Positions, lengths: Sequence[int]) -> None:
+    """Raise for positions that no prompt has, in prompts of these lengths; an edit there would change nothing.
+
+    >>> check_positions([-1, 2], [2, 3])
+    """
+    if isinstance(positions, slice):
+        missing: Any = [] if any(range(n)[positions] for n in lengths) else positions
+    else:
+        n = max(lengths)
+        missing = [] if isinstance(positions, str) else [i for i in several("positions", positions) if not -n <= i < n]
+    if missing:
+        raise InputError(
+            f"positions={positions!r:.80} were asked for, and no prompt has {missing!r:.80}: the longest one has "
+            f"{max(lengths)} tokens; numbers count its tokens from 0, negative ones from its end"
+        )
 
 
 def touched(positions: Positions, hook: HookCall, n_new: int) -> Bool[Tensor, "batch_or_one new_pos"] | bool:
