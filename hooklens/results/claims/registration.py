@@ -123,14 +123,17 @@ def read_plans(paths: Sequence[str | Path], digests: Sequence[str] = ()) -> list
 
     A digest that belongs to none of them raises an error: its plan is another file, or was edited.
     """
-    plans, published = [Registration.read(path) for path in paths], {_whole(digest) for digest in digests}
-    unmet = sorted(published - {plan.digest for plan in plans})
+    files, published = {path_of(path): Registration.read(path) for path in paths}, {_whole(one) for one in digests}
+    plans = {plan.digest: plan for plan in files.values()}  # a plan that is given twice is one plan
+    unmet = sorted(published - {*plans})
     if unmet:
-        seen = ", ".join(f"{path} has {plan.digest[:12]}" for path, plan in zip(paths, plans, strict=True)) or "none"
-        raise FileRefused(
-            f"no plan has the published digest {unmet[0][:12]}: {seen}; give the plan as it was published"
+        seen = ", ".join(f"{path} has {plan.digest[:12]}" for path, plan in files.items()) or "none"
+        raise ArgumentError(
+            "{digest}: no plan has the published digest {0}: {1}; give the plan as it was published",
+            unmet[0][:12],
+            seen,
         )
-    return [replace(plan, published=plan.digest if plan.digest in published else "") for plan in plans]
+    return [replace(plan, published=plan.digest if plan.digest in published else "") for plan in plans.values()]
 
 
 def check_new(path: Path) -> None:
@@ -146,5 +149,6 @@ def _once(seen: str) -> InputError:
 
 def _whole(digest: str) -> str:
     if not _DIGEST.fullmatch(digest.strip().lower()):
-        raise InputError(f"a published digest has 64 hexadecimal digits, got {len(digest)}: {digest[:80]!r}")
+        got = f"{len(digest)}: {digest[:80]!r}"
+        raise ArgumentError("{digest} has 64 hexadecimal digits, as it was published; got {0}", got)
     return digest.strip().lower()

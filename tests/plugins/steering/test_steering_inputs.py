@@ -129,7 +129,7 @@ def test_the_best_layer_leads_the_table():
 def test_a_position_that_no_prompt_has_is_not_an_effect_of_zero(positions):
     model, settings = tiny_model(), SweepSettings(controls=1, written=1, new_tokens=1, positions=positions)
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
-    with pytest.raises(REFUSED, match="no prompt has .* 2 tokens"):
+    with pytest.raises(REFUSED, match=r"no prompt has .* 2 tokens"):
         sweep_coefficients(model, [[1, 2]], torch.ones(8), [1.0], metric, site=SITE, settings=settings)
 
 
