@@ -185,10 +185,9 @@ def test_a_wrapper_is_called_with_its_own_arguments_and_a_module_with_those_of_i
         check_call("metric", torch.nn.Bilinear(1, 1, 1), "logits")
 
 
-@pytest.mark.parametrize("metric", [lambda logits: logits[:, -1, 5] * 1j, lambda logits: 1j])
-def test_a_complex_metric_is_refused_and_not_read_as_its_real_part(metric):
-    with refused(HooklensError, "the metric returned .*j"):
-        hl.patch(MODEL, TOKENS, torch.tensor([[1, 4, 3]]), metric)
+def test_a_complex_metric_is_refused_and_not_read_as_its_real_part():
+    with refused(HooklensError, "the metric returned complex values, .*j"):
+        hl.patch(MODEL, TOKENS, torch.tensor([[1, 4, 3]]), lambda logits: logits[:, -1, 5] * 1j)
 
 
 def test_whole_takes_numpy_numbers_and_none_of_the_rest():

@@ -123,7 +123,10 @@ def read_plans(paths: Sequence[str | Path], digests: Sequence[str] = ()) -> list
 
     A digest that belongs to none of them raises an error: its plan is another file, or was edited.
     """
-    files, published = {path_of(path): Registration.read(path) for path in paths}, {_whole(one) for one in digests}
+    files, published = (
+        {path_of(path): Registration.read(path) for path in paths},
+        {_whole(digest) for digest in digests},
+    )
     plans = {plan.digest: plan for plan in files.values()}  # a plan that is given twice is one plan
     unmet = sorted(published - {*plans})
     if unmet:
