@@ -78,7 +78,7 @@ def sweep_coefficients(
     >>> from hooklens.testing import tiny_model
     >>> from hooklens.metrics import logit_diff
     >>> model = tiny_model(); metric = logit_diff(model, answer=3, wrong_answer=4)
-    >>> few = SweepSettings(controls=4, written=1, new_tokens=new_tokens)
+    >>> few = SweepSettings(controls=4, written=1, new_tokens=3)
     >>> sweep = sweep_coefficients(model, [[1, 2], [5, 6]], model.W_U[:, 3] - model.W_U[:, 4], [0, 4], metric,
     ...                           site=("resid_post", 1), settings=few)
     >>> sweep.effect[0].item(), sweep.effect[1].item() > 0, sweep.random_effect.shape     # draw coefficient

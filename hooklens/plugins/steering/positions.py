@@ -55,11 +55,14 @@ def check_positions(positions: Positions, lengths: Sequence[int]) -> None:
         )
 
 
-def touched(positions: Positions, hook: HookCall, n_new: int) -> Bool[Tensor, "batch_or_one new_pos"] | bool:
+def touched(
+    positions: Positions, hook: HookCall, n_new: int, *, strict: bool = False
+) -> Bool[Tensor, "batch_or_one new_pos"] | bool:
     """Which of the `n_new` positions of this forward pass are selected; True for all, False for none.
 
     Numbers count real tokens from each row's first, without padding. Negative numbers count from the end of the row's
-    prompt, which is the forward pass of `step` 0. All later positions come after the whole prompt.
+    prompt, which is the forward pass of `step` 0. All later positions come after the whole prompt. `strict` refuses
+    negative numbers that no row has.
 
     >>> call = HookCall("hook_embed", step=0, offset=0)
     >>> touched(slice(-1, None), call, 4).tolist(), touched([0, -2], call, 4).tolist()
@@ -91,4 +94,6 @@ def touched(positions: Positions, hook: HookCall, n_new: int) -> Bool[Tensor, "b
         for i in cast(Sequence[int], positions):
             if i >= 0 or prompt:
                 selected |= place == (i if i >= 0 else length + i)
+            if strict and prompt and i < -int(length.max()):
+                raise InputError(f"positions has {i}, and the longest prompt has {int(length.max())} tokens")
     return selected & real

@@ -127,9 +127,10 @@ class DirectionHook:
     vector: Float[Tensor, "row *point"]
     amount: Tensor | None
     positions: Positions
+    strict: bool
 
     def __call__(self, act: Tensor, hook: HookCall) -> Tensor | None:
-        where = touched(self.positions, hook, act.shape[1])
+        where = touched(self.positions, hook, act.shape[1], strict=self.strict)
         if where is False:
             return None
         vector = self.vector
@@ -143,9 +144,11 @@ class DirectionHook:
         return torch.where(where.to(act.device).view(*where.shape, *[1] * (act.ndim - 2)), edited, act)
 
 
-def hooks_of(vectors: Mapping[str, Tensor], amount: Tensor | None, positions: Positions) -> list[tuple[Where, HookFn]]:
+def hooks_of(
+    vectors: Mapping[str, Tensor], amount: Tensor | None, positions: Positions, *, strict: bool = True
+) -> list[tuple[Where, HookFn]]:
     """The hooks that add these vectors, or project them out, at their points."""
-    return [(name, DirectionHook(vector, amount, positions)) for name, vector in vectors.items()]
+    return [(name, DirectionHook(vector, amount, positions, strict)) for name, vector in vectors.items()]
 
 
 def stream_sites(model: HookedTransformer) -> list[str]:

@@ -52,7 +52,8 @@ class Variants(Edits):
             )
 
         def hooks(index: Int[Tensor, "row"]) -> Hooks:
-            return hooks_of({name: vector[index] for name, vector in vectors.items()}, amount, positions)
+            chosen = {name: vector[index] for name, vector in vectors.items()}
+            return hooks_of(chosen, amount, positions, strict=False)  # a batch has the prompts of one length only
 
         identity = (asked, list(vectors), amount, positions)
         return cls(len(directions), hooks, min(layers), (identity, {}), [directions])

@@ -7,6 +7,7 @@ import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.plugins.steering import (
     SweepSettings,
+    ablate_direction,
     find_direction,
     measure_direction_ablation,
     steer,
@@ -142,3 +143,12 @@ def test_one_position_is_a_list_of_one_in_a_sweep(one):
         sweep = sweep_coefficients(model, [[1, 2], [3]], torch.ones(8), [1.0], metric, site=SITE, settings=settings)
         tables.append(str(sweep.table()))
     assert tables[0] == tables[1]
+
+
+def test_an_edit_at_a_position_before_the_first_token_did_nothing():
+    model, v = tiny_model(), torch.ones(8)
+    for edit in (steer(model, v, site=SITE, positions=[-3]), ablate_direction(model, v, positions=-3)):
+        with edit, pytest.raises(InputError, match="positions has -3, and the longest prompt has 2 tokens"):
+            model([[1, 2]])
+        with edit:
+            assert not torch.equal(model([[1, 2, 3]]), tiny_model()([[1, 2, 3]]))
