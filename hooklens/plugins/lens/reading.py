@@ -397,7 +397,7 @@ def top_tokens(
     return ids.gather(1, logits.gather(1, ids).topk(k).indices)
 
 
-def expected(probs: Float[Tensor, "row d_vocab"], z: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "row"]:
+def expected(probs: Float[Tensor, "*row d_vocab"], z: Float[Tensor, "*row d_vocab"]) -> Float[Tensor, "*row"]:
     """The mean of z under each row of probabilities; a token that is forbidden in both, 0 * -inf, contributes 0.
 
     >>> expected(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[1.0, 3.0, float("-inf")]])).tolist()
