@@ -94,8 +94,7 @@ def sweep_coefficients(
     plan = _planned(model, direction, coefficients, site, settings)
     pairs = as_pairs(model, prompts, metric=metric, group=settings.group)
     rows, groups = pairs.clean, read_pairs(model, pairs.clean, pairs.clean, ())
-    lengths = [len(row) for row in rows]
-    check_positions(settings.positions, lengths)
+    check_positions(settings.positions, lengths := [len(row) for row in rows])
     check_metric(pairs.metric, groups)
     with resuming(settings.resume, "SweepSettings") as file:
         texts, losses, repeats = _written(model, plan, rows, settings)

@@ -49,10 +49,7 @@ def check_positions(positions: Positions, lengths: Sequence[int]) -> None:
         n = max(lengths)
         missing = [] if isinstance(positions, str) else [i for i in several("positions", positions) if not -n <= i < n]
     if missing:
-        raise InputError(
-            f"positions={positions!r:.80} were asked for, and no prompt has {missing!r:.80}: the longest one has "
-            f"{max(lengths)} tokens; numbers count its tokens from 0, negative ones from its end"
-        )
+        raise InputError(f"no prompt has the positions {missing!r:.80}; the longest one has {max(lengths)} tokens")
 
 
 def touched(
@@ -61,8 +58,7 @@ def touched(
     """Which of the `n_new` positions of this forward pass are selected; True for all, False for none.
 
     Numbers count real tokens from each row's first, without padding. Negative numbers count from the end of the row's
-    prompt, which is the forward pass of `step` 0. All later positions come after the whole prompt. `strict` refuses
-    negative numbers that no row has.
+    prompt, which is the forward pass of `step` 0. All later positions come after the whole prompt.
 
     >>> call = HookCall("hook_embed", step=0, offset=0)
     >>> touched(slice(-1, None), call, 4).tolist(), touched([0, -2], call, 4).tolist()

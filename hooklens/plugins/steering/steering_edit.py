@@ -127,7 +127,7 @@ class DirectionHook:
     vector: Float[Tensor, "row *point"]
     amount: Tensor | None
     positions: Positions
-    strict: bool
+    strict: bool = True
 
     def __call__(self, act: Tensor, hook: HookCall) -> Tensor | None:
         where = touched(self.positions, hook, act.shape[1], strict=self.strict)
@@ -144,11 +144,9 @@ class DirectionHook:
         return torch.where(where.to(act.device).view(*where.shape, *[1] * (act.ndim - 2)), edited, act)
 
 
-def hooks_of(
-    vectors: Mapping[str, Tensor], amount: Tensor | None, positions: Positions, *, strict: bool = True
-) -> list[tuple[Where, HookFn]]:
+def hooks_of(vectors: Mapping[str, Tensor], amount: Tensor | None, positions: Positions) -> list[tuple[Where, HookFn]]:
     """The hooks that add these vectors, or project them out, at their points."""
-    return [(name, DirectionHook(vector, amount, positions, strict)) for name, vector in vectors.items()]
+    return [(name, DirectionHook(vector, amount, positions)) for name, vector in vectors.items()]
 
 
 def stream_sites(model: HookedTransformer) -> list[str]:
