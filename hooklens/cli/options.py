@@ -146,7 +146,7 @@ class PlanOptions:
     """Claims that were registered before the run."""
 
     registered: Annotated[
-        list[Path] | None, typer.Option(help="A plan that `hooklens register` wrote before the run.")
+        list[str] | None, typer.Option(metavar="PATH", help="A plan that `hooklens register` wrote before the run.")
     ] = None
     digest: Annotated[
         list[str] | None, typer.Option(help="A plan's full digest as published; without: self-dated.")

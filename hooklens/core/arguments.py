@@ -106,18 +106,21 @@ def path_of(value: Any, name: str = "path") -> Path:
 def check_call(name: str, function: Any, *arguments: str) -> None:
     """Raise unless a function can be called with arguments of these names, in this order."""
     bound = inspect.isroutine(function) or isinstance(function, partial)
-    try:  # of an object's method: inspect takes the first argument of one that is static for self
-        signature = inspect.signature(function if bound else function.__call__)
+    forward = getattr(function, "forward", None) if isinstance(function, torch.nn.Module) else None
+    # an object's method itself: inspect takes the first argument of one that is static for self
+    called = function if bound else forward or function.__call__
+    try:
+        signature = inspect.signature(called, follow_wrapped=False)  # what is called, not what it wraps
     except (TypeError, ValueError):  # some built-in functions do not say what they take
         return
     try:
         signature.bind(*arguments)
     except TypeError as error:
-        called, shown = ", ".join(arguments), getattr(function, "__name__", type(function).__name__)
+        names, shown = ", ".join(arguments), getattr(function, "__name__", type(function).__name__)
         raise ArgumentError(
             "{" + name + "} is called as f({0}), and {1}{2} was given: {3}; give a function of ({0}), such as one that "
             "functools.partial makes",
-            *(called, shown, signature, error),
+            *(names, shown, signature, error),
         ) from error
 
 

@@ -59,12 +59,12 @@ class Decoder:
 
     @classmethod
     def of(cls, model: "HookedTransformer", rows: int, *, steps: int = PACKING_PAYS_FROM) -> "Decoder | None":
-        """A decoder, or None unless every module is an unmodified one of hooklens and all have one dtype."""
+        """A decoder, or None under autocast or unless all modules are unmodified ones of hooklens and of one dtype."""
         from hooklens.model.transformer import HookedTransformer
 
         weights = list(model.parameters())
         alike = len({(w.dtype, w.device) for w in weights}) == 1 and not any(w.is_inference() for w in weights)
-        if not alike or type(model) is not HookedTransformer:
+        if not alike or type(model) is not HookedTransformer or torch.is_autocast_enabled(model.device.type):
             return None
         inner = [module for part in (*model.blocks, model.ln_final, model.unembed) if part for module in part.modules()]
         is_known = all(type(module) in _KNOWN for module in inner) and not _hooked(map(vars, inner))

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -43,7 +43,7 @@ class _NamedFields:
         known = [f.name for f in fields(holder)]
         for name in values:
             if name not in known and name in cls.moved:
-                raise NameNotFound(f"{name} is a field of a part here, not of {cls.__name__}; give {cls.moved[name]}")
+                raise NameNotFound(f"{name} is not a field of {cls.__name__} here; give {cls.moved[name]}")
             if name not in known:
                 raise did_you_mean(f"field of {cls.__name__}", name, known)
         return super().__new__(cls)
@@ -82,7 +82,7 @@ class Part(_NamedFields):
     @classmethod
     def from_json(cls, values: dict[str, Any]):
         """The part with these fields; an unknown field raises an error."""
-        _check_dict(cls.__name__, values)
+        _check_dict(cls.__name__, values, cls)
         hashable = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return cls(**hashable)
 
@@ -92,9 +92,12 @@ def same_class(first: type, second: type) -> bool:
     return (first.__module__, first.__qualname__) == (second.__module__, second.__qualname__)
 
 
-def _check_dict(what: str, values: Any) -> None:
+def _check_dict(what: str, values: Any, holder: Any) -> None:
     if not isinstance(values, dict):
         raise WrongType(f"{what} is read from a dict of its fields, such as to_json returns; got {values!r:.80}")
+    needed = [f.name for f in fields(holder) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in needed if name not in values]:
+        raise InputError(f"{what} also needs {', '.join(missing)}; got a dict with {', '.join(values) or 'no fields'}")
 
 
 def check_values(holder: Any, where: str) -> None:
@@ -531,7 +534,7 @@ _SLOTS = {
     "init": "init",
 }
 _MAY_VARY = ("positional_embedding_type", "mask")
-# Fields that TransformerLens or Hugging Face has in the configuration and that are fields of a part here.
+# Fields of the configurations of TransformerLens and Hugging Face with another name or place here.
 _MOVED = {
     "attn_scale": "score_fn=Softmax(scale=...)",
     "attn_scores_soft_cap": "score_fn=Softmax(soft_cap=...)",
@@ -540,12 +543,16 @@ _MOVED = {
     "parallel_attn_mlp": 'block="parallel"',
     "eps": "normalization_type=LayerNormPart(eps=...) or RMSNormPart(eps=...)",
     "use_qk_norm": "qk_norm=RMSNormPart() or LayerNormPart()",
-    "rotary_base": "positional_embedding_type=Rotary(base=...)",
+    **dict.fromkeys(["rotary_base", "rope_theta"], "positional_embedding_type=Rotary(base=...)"),
     "rotary_dim": "positional_embedding_type=Rotary(dim=...)",
     "rotary_adjacent_pairs": "positional_embedding_type=Rotary(interleaved=...)",
     "window_size": "mask=SlidingWindow(window=...)",
     "attention_dir": 'mask="causal" or mask="none"',
     "initializer_range": "init=NormalInit(std=...)",
+    "hidden_size": "d_model=...",
+    **dict.fromkeys(["num_layers", "num_hidden_layers"], "n_layers=..."),
+    "num_attention_heads": "n_heads=...",
+    "vocab_size": "d_vocab=...",
 }
 _MAY_LACK = ("normalization_type", "qk_norm", "positional_embedding_type")
 
@@ -679,9 +686,9 @@ class HookedTransformerConfig(_NamedFields):
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "HookedTransformerConfig":
         """Rebuild a configuration from `to_json`; an unknown field raises an error."""
-        _check_dict("a configuration", values)
+        _check_dict("a configuration", values, cls)
         biases, folded = values.get("biases", {}), values.get("folded", ())
-        _check_dict("biases", biases)
+        _check_dict("biases", biases, Biases)
         if not isinstance(folded, list | tuple) or not all(isinstance(name, str) for name in folded):
             raise WrongType(f"folded is a list of names, got {folded!r:.80}")
         return cls(**values | {"biases": Biases(**biases), "folded": tuple(folded)})

@@ -63,6 +63,8 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        if not isinstance(cfg, HookedTransformerConfig):
+            raise WrongType(f"a HookedTransformer is built from a HookedTransformerConfig(...), got {cfg!r:.80}")
         self.cfg, self.tokenizer = cfg, tokenizer
         with torch.device("meta"):  # draws no values and leaves the global generator unchanged
             self._build()

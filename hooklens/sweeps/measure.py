@@ -162,6 +162,8 @@ class Reader:
         return torch.stack([measure(rows) for rows in out.split(len(tokens))])
 
     def _numbers(self, value: Any) -> Tensor:
+        if isinstance(value, Tensor) and value.is_complex():
+            raise WrongType(f"the metric returned complex values, {value!r:.60}; a metric returns real ones")
         if isinstance(value, Tensor):
             return value.to(self.stream.device)
         try:

@@ -89,6 +89,9 @@ def test_a_plan_is_registered_held_against_what_is_found_and_never_dropped(model
     ):
         done = invoke(*run, "--registered", plan, "--digest", wrong)
         assert done.exit_code in (cli.MISSING, cli.BAD_INPUT) and told in done.stderr and not out.exists()
+        assert done.stderr.startswith("error: --digest"), "the error was said to be that of --registered"
+    done = invoke(*run, "--registered", "")
+    assert done.exit_code == cli.BAD_INPUT and "is empty, so it names no file" in done.stderr
     plan.write_text(plan.read_text().replace("0.5", "0.1"))
     done = invoke(*run, "--registered", plan)
     assert done.exit_code == cli.MISSING or done.exit_code == cli.BAD_INPUT

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +170,24 @@ class Static:
 @pytest.mark.parametrize("function", [Static(), torch.sum, torch.nn.Identity(), partial(max, 1), lambda a, *b: a])
 def test_whatever_can_be_called_so_passes_even_where_inspect_sees_too_few_arguments(function):
     check_call("metric", function, "logits")
+
+
+def test_a_wrapper_is_called_with_its_own_arguments_and_a_module_with_those_of_its_forward():
+    """What functools.wraps wraps was checked in place of the wrapper; any module passed, and failed in torch."""
+
+    @wraps(lambda logits, other: None)
+    def wrapper(logits):
+        return logits
+
+    check_call("metric", wrapper, "logits")
+    check_call("value", torch.nn.Bilinear(1, 1, 1), "activation", "point")
+    with pytest.raises(HooklensError, match=r"Bilinear.*was given: missing a required argument: 'input2'"):
+        check_call("metric", torch.nn.Bilinear(1, 1, 1), "logits")
+
+
+def test_a_complex_metric_is_refused_and_not_read_as_its_real_part():
+    with refused(HooklensError, "the metric returned complex values, .*j"):
+        hl.patch(MODEL, TOKENS, torch.tensor([[1, 4, 3]]), lambda logits: logits[:, -1, 5] * 1j)
 
 
 def test_whole_takes_numpy_numbers_and_none_of_the_rest():

@@ -278,3 +278,11 @@ def test_an_edit_in_the_middle_counts_from_its_step_on(edit, counted, monkeypatc
     expected = run(capture={0: "resid_post"})  # a capture keeps the generation off the decoder
     assert not counted
     assert torch.equal(run(), expected) and len(counted) == 9
+
+
+def test_under_autocast_generation_stopped_with_an_error_of_an_addmv(counted):
+    model = tiny_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = model.generate([1, 2, 3], 5).new_tokens[0]
+    assert len(tokens) == 5 and not counted
+    assert len(model.generate([1, 2, 3], 5).new_tokens[0]) == 5 and counted

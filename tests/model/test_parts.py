@@ -41,6 +41,7 @@ from hooklens.model.config import (
 from hooklens.model.embed import rotary_tables, rotate, sinusoidal_table, soft_cap
 from hooklens.model.mlp import ACTIVATIONS
 from hooklens.model.norms import LayerNorm, RMSNorm
+from hooklens.model.transformer import HookedTransformer
 from hooklens.testing import tiny_model
 
 X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
@@ -437,14 +438,25 @@ def test_json_that_is_no_configuration_is_refused(values):
         HookedTransformerConfig.from_json(values)
 
 
+def test_missing_fields_and_a_dict_in_place_of_a_configuration_were_raw_errors():
+    with refused(InputError, "a configuration also needs n_ctx, n_heads, d_vocab; got a dict with n_layers, d_model"):
+        HookedTransformerConfig.from_json({"n_layers": 2, "d_model": 8})
+    with refused(WrongType, r"built from a HookedTransformerConfig\(\.\.\.\), got {'n_layers': 2}"):
+        HookedTransformer({"n_layers": 2})
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("attn_scale", r"is a field of a part here.*Softmax\(scale"),
+        ("attn_scale", r"is not a field of HookedTransformerConfig here.*Softmax\(scale"),
         ("attn_scores_soft_cap", r"Softmax\(soft_cap"),
         ("attn_softcap", r"Softmax\(soft_cap"),
         ("final_norm", r"PreNorm\(final_norm"),
         ("rotary_dim", r"Rotary\(dim"),
+        ("rope_theta", r"Rotary\(base"),
+        ("hidden_size", "give d_model"),
+        ("num_layers", "give n_layers"),
+        ("vocab_size", "give d_vocab"),
         ("n_layer", "no field of HookedTransformerConfig named 'n_layer'; closest: n_layers"),
     ],
 )

@@ -78,7 +78,7 @@ class LogitLens(Result):
 
     def top_words(self, k: int = 5) -> Table:
         """The `k` most likely tokens of every row, at the last position of the first prompt."""
-        kept = self.top_tokens.shape[-1]
+        k, kept = whole("k", k), self.top_tokens.shape[-1]
         if k > kept:
             raise InputError(f"the lens kept {kept} likely tokens, {k} were requested; run it again with k={k}")
         rows = [
@@ -163,9 +163,7 @@ def read_lens(
     lens: str = "logit lens",
 ) -> LogitLens:
     """Read streams with the given lens, whatever it does to them before they are unembedded."""
-    if k < 1:
-        raise InputError(f"k is the number of likely tokens to keep per cell, at least 1; got {k}")
-    controls = min(whole("controls", controls), ids.numel())
+    k, controls = whole("k", k, 1), min(whole("controls", controls), ids.numel())
     reading.check_quiet(model)
     wanted = None if answer is None else _each_position(model, answer, ids)
     one_for_all = wanted is not None and bool((wanted == wanted[0, 0]).all())

@@ -279,21 +279,22 @@ def _described(
     """Read some layers' logits; `kl` contains the cross-entropy, still without the target's entropy subtracted."""
     n_layers, n_rows, d_vocab = logits.shape
     flat, n_asked = logits.flatten(0, 1), asked.shape[1]
-    bounds = flat.gather(-1, torch.cat([asked, others], 1).repeat(n_layers, 1)).to(target.dtype)
-    sums = _sums(flat, bounds, n_asked)
-    ids = top_tokens(flat, sums.largest, min(k, d_vocab))
-    best = flat.gather(-1, ids).to(target.dtype)
-    log_total = best[:, :1] + sums.total.log()[:, None]
-    reading = Reading(
-        top=ids,
-        top_log_probs=best - log_total,
-        # the middle rank of ties: between #larger and #larger + #equal - 1
-        rank=(sums.larger[:, :n_asked] + sums.at_least - 1) // 2,
-        larger=sums.larger[:, n_asked:],
-        log_prob=bounds[:, :n_asked] - log_total,
-        entropy=log_total[:, 0] - sums.mean,
-        kl=log_total[:, 0] - _target_means(logits, target).flatten(),
-    )
+    with torch.autocast(logits.device.type, enabled=False):  # it would round the sums
+        bounds = flat.gather(-1, torch.cat([asked, others], 1).repeat(n_layers, 1)).to(target.dtype)
+        sums = _sums(flat, bounds, n_asked)
+        ids = top_tokens(flat, sums.largest, min(k, d_vocab))
+        best = flat.gather(-1, ids).to(target.dtype)
+        log_total = best[:, :1] + sums.total.log()[:, None]
+        reading = Reading(
+            top=ids,
+            top_log_probs=best - log_total,
+            # the middle rank of ties: between #larger and #larger + #equal - 1
+            rank=(sums.larger[:, :n_asked] + sums.at_least - 1) // 2,
+            larger=sums.larger[:, n_asked:],
+            log_prob=bounds[:, :n_asked] - log_total,
+            entropy=log_total[:, 0] - sums.mean,
+            kl=log_total[:, 0] - _target_means(logits, target).flatten(),
+        )
     return Reading(*(value.unflatten(0, (n_layers, n_rows)) for value in reading))
 
 
@@ -396,7 +397,7 @@ def top_tokens(
     return ids.gather(1, logits.gather(1, ids).topk(k).indices)
 
 
-def expected(probs: Float[Tensor, "row d_vocab"], z: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "row"]:
+def expected(probs: Float[Tensor, "*row d_vocab"], z: Float[Tensor, "*row d_vocab"]) -> Float[Tensor, "*row"]:
     """The mean of z under each row of probabilities; a token that is forbidden in both, 0 * -inf, contributes 0.
 
     >>> expected(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[1.0, 3.0, float("-inf")]])).tolist()

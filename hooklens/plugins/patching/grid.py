@@ -118,19 +118,20 @@ def read_patches(model: HookedTransformer, site: str, asked: Any) -> list[Patch]
             patches.append(item)
             continue
         nodes = read_components(model, item, f"patch of {site}")
-        patches += dict.fromkeys(_patch_of(model, site, node) for node in nodes)  # heads that share keys are one patch
-    return patches
+        patches += [_patch_of(model, site, node, item) for node in nodes]
+    return list(dict.fromkeys(patches))  # heads that share keys are one patch
 
 
-def _patch_of(model: HookedTransformer, site: str, node: Component) -> Patch:
+def _patch_of(model: HookedTransformer, site: str, node: Component, asked: Any) -> Patch:
     """The patch that overwrites this component at this site."""
     cells = {"layers": Patch(0)} | {f"{part}s": Patch(0, **{part: 0}) for part in parts_of(site) & {"head", "neuron"}}
     there = {words: component_of(model, site, cell) for words, cell in cells.items()}
     kinds = {"layer", *(example.kind for example in there.values())} | ({"head"} if "heads" in there else set())
     if node.kind not in kinds:
+        named = asked if isinstance(asked, str) else node  # a head of shared keys is parsed as the key head
         has = ", ".join(f'{words} such as "{example}"' for words, example in there.items())
         raise InputError(
-            f'{node} was asked for as a patch of {site}, which has {has}; "L0@-1" is one position of a layer'
+            f'{named} was asked for as a patch of {site}, which has {has}; "L0@-1" is one position of a layer'
         )
     if isinstance(node.pos, tuple):
         raise InputError(f"a patch has one position for all prompts, got {node.pos}; ablate them one by one")

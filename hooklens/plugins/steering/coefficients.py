@@ -1,7 +1,7 @@
 """The effect of steering and its cost: effect and fluency over coefficients, compared with random directions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from hooklens.model.ids import show, show_text
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.steering.coefficient_result import CoefficientSweep
-from hooklens.plugins.steering.positions import Positions
+from hooklens.plugins.steering.positions import Positions, check_positions, checked
 from hooklens.plugins.steering.steering_edit import Direction, finite_numbers, steer
 from hooklens.plugins.steering.variants import (
     Row,
@@ -78,7 +78,7 @@ def sweep_coefficients(
     >>> from hooklens.testing import tiny_model
     >>> from hooklens.metrics import logit_diff
     >>> model = tiny_model(); metric = logit_diff(model, answer=3, wrong_answer=4)
-    >>> few = SweepSettings(controls=4, written=1, new_tokens=5)
+    >>> few = SweepSettings(controls=4, written=1, new_tokens=3)
     >>> sweep = sweep_coefficients(model, [[1, 2], [5, 6]], model.W_U[:, 3] - model.W_U[:, 4], [0, 4], metric,
     ...                           site=("resid_post", 1), settings=few)
     >>> sweep.effect[0].item(), sweep.effect[1].item() > 0, sweep.random_effect.shape     # draw coefficient
@@ -90,13 +90,15 @@ def sweep_coefficients(
     settings = SweepSettings() if settings is None else settings
     if not isinstance(settings, SweepSettings):
         raise WrongType(f"settings is a SweepSettings(...), got {settings!r:.60}")
+    settings = replace(settings, positions=checked(settings.positions))
     plan = _planned(model, direction, coefficients, site, settings)
     pairs = as_pairs(model, prompts, metric=metric, group=settings.group)
     rows, groups = pairs.clean, read_pairs(model, pairs.clean, pairs.clean, ())
+    check_positions(settings.positions, lengths := [len(row) for row in rows])
     check_metric(pairs.metric, groups)
     with resuming(settings.resume, "SweepSettings") as file:
         texts, losses, repeats = _written(model, plan, rows, settings)
-        read, starts = texts.tokens[: len(rows)], [len(row) for row in rows]
+        read, starts = texts.tokens[: len(rows)], lengths
         if neutral is not None:
             read = texts_of(model, neutral)
             starts = [1] * len(read)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from hooklens.core.arguments import several
 from hooklens.core.errors import InputError, WrongType, did_you_mean
 from hooklens.core.hooks import HookCall
 
@@ -37,7 +38,23 @@ def checked(positions: Positions) -> Positions:
     return [int(i) for i in listed]
 
 
-def touched(positions: Positions, hook: HookCall, n_new: int) -> Bool[Tensor, "batch_or_one new_pos"] | bool:
+def check_positions(positions: Positions, lengths: Sequence[int]) -> None:
+    """Raise for positions that no prompt has, in prompts of these lengths; an edit there would change nothing.
+
+    >>> check_positions([-1, 2], [2, 3])
+    """
+    if isinstance(positions, slice):
+        missing: Any = [] if any(range(n)[positions] for n in lengths) else positions
+    else:
+        n = max(lengths)
+        missing = [] if isinstance(positions, str) else [i for i in several("positions", positions) if not -n <= i < n]
+    if missing:
+        raise InputError(f"no prompt has the positions {missing!r:.80}; the longest one has {max(lengths)} tokens")
+
+
+def touched(
+    positions: Positions, hook: HookCall, n_new: int, *, strict: bool = False
+) -> Bool[Tensor, "batch_or_one new_pos"] | bool:
     """Which of the `n_new` positions of this forward pass are selected; True for all, False for none.
 
     Numbers count real tokens from each row's first, without padding. Negative numbers count from the end of the row's
@@ -73,4 +90,6 @@ def touched(positions: Positions, hook: HookCall, n_new: int) -> Bool[Tensor, "b
         for i in cast(Sequence[int], positions):
             if i >= 0 or prompt:
                 selected |= place == (i if i >= 0 else length + i)
+            if strict and prompt and i < -int(length.max()):
+                raise InputError(f"positions has {i}, and the longest prompt has {int(length.max())} tokens")
     return selected & real

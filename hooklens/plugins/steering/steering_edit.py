@@ -127,9 +127,10 @@ class DirectionHook:
     vector: Float[Tensor, "row *point"]
     amount: Tensor | None
     positions: Positions
+    strict: bool = True
 
     def __call__(self, act: Tensor, hook: HookCall) -> Tensor | None:
-        where = touched(self.positions, hook, act.shape[1])
+        where = touched(self.positions, hook, act.shape[1], strict=self.strict)
         if where is False:
             return None
         vector = self.vector

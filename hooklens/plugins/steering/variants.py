@@ -1,6 +1,7 @@
 """Many edits of the same prompts at once, and what the model says with them: metrics, losses, continuations."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.grid import in_order
 from hooklens.plugins.patching.two_runs import joined
 from hooklens.plugins.steering.positions import Positions
-from hooklens.plugins.steering.steering_edit import at_points, hooks_of
+from hooklens.plugins.steering.steering_edit import DirectionHook, at_points
 from hooklens.sweeps.many_edits import Edits, Hooks, run_edits
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.resume import Resume
@@ -52,7 +53,8 @@ class Variants(Edits):
             )
 
         def hooks(index: Int[Tensor, "row"]) -> Hooks:
-            return hooks_of({name: vector[index] for name, vector in vectors.items()}, amount, positions)
+            edit = partial(DirectionHook, amount=amount, positions=positions, strict=False)
+            return [(name, edit(vector[index])) for name, vector in vectors.items()]
 
         identity = (asked, list(vectors), amount, positions)
         return cls(len(directions), hooks, min(layers), (identity, {}), [directions])

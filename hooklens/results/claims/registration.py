@@ -123,14 +123,14 @@ def read_plans(paths: Sequence[str | Path], digests: Sequence[str] = ()) -> list
 
     A digest that belongs to none of them raises an error: its plan is another file, or was edited.
     """
-    plans, published = [Registration.read(path) for path in paths], {_whole(digest) for digest in digests}
-    unmet = sorted(published - {plan.digest for plan in plans})
+    files = {path_of(path): Registration.read(path) for path in paths}
+    plans, published = {plan.digest: plan for plan in files.values()}, {_whole(digest) for digest in digests}
+    unmet = sorted(published - {*plans})
     if unmet:
-        seen = ", ".join(f"{path} has {plan.digest[:12]}" for path, plan in zip(paths, plans, strict=True)) or "none"
-        raise FileRefused(
-            f"no plan has the published digest {unmet[0][:12]}: {seen}; give the plan as it was published"
-        )
-    return [replace(plan, published=plan.digest if plan.digest in published else "") for plan in plans]
+        seen = ", ".join(f"{path} has {plan.digest[:12]}" for path, plan in files.items()) or "none"
+        says = "{digest}: no plan has the published digest {0}: {1}; give the plan as it was published"
+        raise ArgumentError(says, unmet[0][:12], seen)
+    return [replace(plan, published=plan.digest if plan.digest in published else "") for plan in plans.values()]
 
 
 def check_new(path: Path) -> None:
@@ -146,5 +146,5 @@ def _once(seen: str) -> InputError:
 
 def _whole(digest: str) -> str:
     if not _DIGEST.fullmatch(digest.strip().lower()):
-        raise InputError(f"a published digest has 64 hexadecimal digits, got {len(digest)}: {digest[:80]!r}")
+        raise ArgumentError("{digest} has 64 hexadecimal digits, as it was published; got {0}", f"{digest[:80]!r}")
     return digest.strip().lower()

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model.zoo import TOKENS, ZOO, zoo_model
+from refused import refused
 from torch import nn
 
 import hooklens as hl
@@ -333,3 +334,31 @@ def test_where_every_row_says_the_same_no_other_row_is_a_control():
     assert own.answer.unique().tolist() == [7] and bool(own.control_ranks.isnan().all())
     given = logit_lens(model, TOKENS, answer=7)  # asked for everywhere, whatever a position says
     assert bool(given.control_ranks[: len(given.layers)].isfinite().any())
+
+
+@pytest.mark.parametrize("k", [1.5, True, None, "2", 0])
+def test_a_k_that_is_no_number_of_tokens_was_a_raw_error(k):
+    with refused(InputError, "k is a whole number of at least 1, got"):
+        logit_lens(tiny_model(), TOKENS, k=k)
+    if k is None:
+        with refused(InputError, "k is a whole number of at least 0, got None"):
+            logit_lens(tiny_model(), TOKENS).top_words(k)
+
+
+def test_under_autocast_lenses_stopped_with_an_error_of_an_index_put():
+    model, texts = tiny_model(), torch.arange(12).view(2, 6) % 11
+    tuned = TunedLens(n_layers=2, d_model=8)
+
+    def read():
+        followed, calibration = trace_predictions(model, texts, answer=3), measure_calibration(model, texts)
+        return followed.log_prob, calibration.loss, calibration.entropy
+
+    exact = read()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, lenses = read(), (logit_lens(model, texts, k=11), tuned_lens(model, texts, tuned, k=11))
+    for value, other in zip(rounded, exact, strict=True):  # the model itself computes in half precision
+        assert value.dtype == torch.float32 and 0 < float((value - other).abs().max()) < 0.1
+    for lens in lenses:  # what is read from its logits is not rounded
+        probs = lens.top_log_probs.exp()
+        torch.testing.assert_close(probs.sum(-1), torch.ones_like(lens.entropy))
+        torch.testing.assert_close(lens.entropy, -(probs * lens.top_log_probs).sum(-1))

@@ -7,6 +7,7 @@ import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.plugins.steering import (
     SweepSettings,
+    ablate_direction,
     find_direction,
     measure_direction_ablation,
     steer,
@@ -123,3 +124,31 @@ def test_the_best_layer_leads_the_table():
     directions = find_direction(tiny_model(), CLEAN, [[i, 5, 2] for i in range(6)], site="mlp_out", pos=1, draws=3)
     column = [row[1] for row in directions.table().rows]
     assert column == sorted(column, reverse=True) and directions.top(1).rows[0][0] == f"L{directions.best}"
+
+
+@pytest.mark.parametrize("positions", [[9], -7, [0, 5], slice(4, None)])
+def test_a_position_that_no_prompt_has_is_not_an_effect_of_zero(positions):
+    model, settings = tiny_model(), SweepSettings(controls=1, written=1, new_tokens=1, positions=positions)
+    metric = hl.logit_diff(model, answer=3, wrong_answer=4)
+    with pytest.raises(REFUSED, match=r"no prompt has .* 2 tokens"):
+        sweep_coefficients(model, [[1, 2]], torch.ones(8), [1.0], metric, site=SITE, settings=settings)
+
+
+@pytest.mark.parametrize("one", [-1, 0])
+def test_one_position_is_a_list_of_one_in_a_sweep(one):
+    model, tables = tiny_model(), []
+    metric = hl.logit_diff(model, answer=3, wrong_answer=4)
+    for positions in (one, [one]):
+        settings = SweepSettings(controls=1, written=1, new_tokens=1, positions=positions)
+        sweep = sweep_coefficients(model, [[1, 2], [3]], torch.ones(8), [1.0], metric, site=SITE, settings=settings)
+        tables.append(str(sweep.table()))
+    assert tables[0] == tables[1]
+
+
+def test_an_edit_at_a_position_before_the_first_token_did_nothing():
+    model, v = tiny_model(), torch.ones(8)
+    for edit in (steer(model, v, site=SITE, positions=[-3]), ablate_direction(model, v, positions=-3)):
+        with edit, pytest.raises(InputError, match="positions has -3, and the longest prompt has 2 tokens"):
+            model([[1, 2]])
+        with edit:
+            assert not torch.equal(model([[1, 2, 3]]), tiny_model()([[1, 2, 3]]))

@@ -247,8 +247,11 @@ def test_of_several_plans_those_with_a_published_digest_are_registered(tmp_path)
     first, second = (replace(bare, n=n).write(tmp_path / f"{n}.json") for n in (6, 7))
     paths = [tmp_path / "6.json", tmp_path / "7.json"]
     assert [plan.dated.split()[0] for plan in read_plans(paths, [second.digest])] == ["self-dated", "registered"]
-    with pytest.raises(FileRefused, match="no plan has the published digest"):
+    with pytest.raises(InputError, match="digest: no plan has the published digest"):
         read_plans(paths[:1], [second.digest])
+    again = tmp_path / "again.json"
+    again.write_bytes(paths[0].read_bytes())
+    assert len(read_plans([paths[0], paths[0], again])) == 1  # the same plan was reported for each time it was given
     assert read_plans(paths)[0].digest == first.digest
 
 
