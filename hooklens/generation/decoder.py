@@ -21,6 +21,7 @@ from hooklens.core.hooks import HookPoint, edited_elsewhere
 from hooklens.model.attention import Attention
 from hooklens.model.block import Block, ParallelBlock, SandwichBlock
 from hooklens.model.config import Rotary
+from hooklens.model.dropout import Dropout
 from hooklens.model.embed import Unembedding
 from hooklens.model.kv_cache import Context, Joined, KVCache, View
 from hooklens.model.linear import Linear, pack, packed_product, packing_wanted, vector_pays
@@ -41,7 +42,7 @@ PACKING_PAYS_FROM = 24
 TURNS_AHEAD = 32
 _KNOWN = {
     *(Block, SandwichBlock, ParallelBlock, Attention, MLP, GatedMLP, LayerNorm, RMSNorm, Unembedding),
-    *(Linear, nn.Linear, HookPoint),
+    *(Linear, nn.Linear, HookPoint, Dropout),
 }
 
 
@@ -75,6 +76,7 @@ class Decoder:
         self.points = list(model.hook_points().values())
         modules = [module for module in model.modules() if not isinstance(module, HookPoint)]
         self.parts = [vars(module) for module in modules]
+        self.dropouts = [module for module in modules if isinstance(module, Dropout) and module.p > 0]
         self.tables = [table for module in modules for table in (module._parameters, module._modules)]
         self.held = _held(self.tables)
         self.weights: list[Any] = [held for held in self.held if isinstance(held, Tensor)]
@@ -105,8 +107,8 @@ class Decoder:
         return partial(_Vector, alike=alike)
 
     def serves(self) -> bool:
-        """Whether every module and weight is unchanged and no hook is active."""
-        if edited_elsewhere(self.points) or _hooked(self.parts):
+        """Whether every module and weight is unchanged, no hook is active and nothing is dropped."""
+        if edited_elsewhere(self.points) or _hooked(self.parts) or any(part.active for part in self.dropouts):
             return False
         held = _held(self.tables)
         same = len(held) == len(self.held) and all(map(operator.is_, self.held, held))

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,7 +20,7 @@ from hooklens.core.arguments import whole
 from hooklens.core.envelope import digest
 from hooklens.core.fingerprint import raw_bytes
 from hooklens.core.progress_bar import progress
-from hooklens.data.batches import Batch, TrainingData
+from hooklens.data.batches import Batch, TrainingData, drawn_for
 from hooklens.model.dropout import dropout_masks
 from hooklens.pretrained.checkpoint import save
 from hooklens.training.divergence import Diverged, LossWatch, divergence_message
@@ -252,8 +251,7 @@ class _Training:
         self.model.train()
         self.vector.clear_gradients()
         size = -(-len(rows) // self.settings.accumulate)
-        # The CPU's generator uses 32 bits of a seed, so seed and step are mixed into as many.
-        seed = int(np.random.SeedSequence([self.settings.seed % 2**64, self.step]).generate_state(1)[0])
+        seed = drawn_for(self.settings.seed, self.step).initial_seed()
         summed = torch.zeros((), dtype=torch.float64, device=self.vector.values.device)
         for start in range(0, len(rows), size):
             # Every pass draws the masks of the whole batch again, from the seed and the step only.
