@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from hooklens.core.hooks import HookPoint, edited_elsewhere
+from hooklens.core.precision import is_autocast
 from hooklens.model.attention import Attention
 from hooklens.model.block import Block, ParallelBlock, SandwichBlock
 from hooklens.model.config import Rotary
@@ -65,7 +66,7 @@ class Decoder:
 
         weights = list(model.parameters())
         alike = len({(w.dtype, w.device) for w in weights}) == 1 and not any(w.is_inference() for w in weights)
-        if not alike or type(model) is not HookedTransformer or torch.is_autocast_enabled(model.device.type):
+        if not alike or type(model) is not HookedTransformer or is_autocast(model.device):
             return None
         inner = [module for part in (*model.blocks, model.ln_final, model.unembed) if part for module in part.modules()]
         is_known = all(type(module) in _KNOWN for module in inner) and not _hooked(map(vars, inner))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hooklens.core.errors import ArgumentError, InputError
 from hooklens.core.hooks import edited_elsewhere
-from hooklens.core.precision import widened
+from hooklens.core.precision import as_wide_as, widened
 from hooklens.core.progress_bar import progress
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts, rows_of
@@ -279,7 +279,7 @@ def _described(
     """Read some layers' logits; `kl` contains the cross-entropy, still without the target's entropy subtracted."""
     n_layers, n_rows, d_vocab = logits.shape
     flat, n_asked = logits.flatten(0, 1), asked.shape[1]
-    with torch.autocast(logits.device.type, enabled=False):  # it would round the sums
+    with as_wide_as(target):  # autocast would round the sums
         bounds = flat.gather(-1, torch.cat([asked, others], 1).repeat(n_layers, 1)).to(target.dtype)
         sums = _sums(flat, bounds, n_asked)
         ids = top_tokens(flat, sums.largest, min(k, d_vocab))
