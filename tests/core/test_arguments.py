@@ -149,7 +149,9 @@ def test_no_module_makes_a_generator_from_a_seed_on_its_own():
         f"{path.name}: {line.strip()}"
         for path in sources
         for line in path.read_text(encoding="utf-8").splitlines()
-        if re.search(r"manual_seed\((?!\d+\))", line) and ">>>" not in line and path.name not in ("arguments.py", "loop.py")  # loop.py: on the device of the model
+        if re.search(r"manual_seed\((?!\d+\))", line)
+        and ">>>" not in line
+        and path.name not in ("arguments.py", "loop.py")  # loop.py: on the device of the model
     ]
     assert found == []
 

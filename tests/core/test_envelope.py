@@ -90,6 +90,27 @@ def asset_record(path):
     return lambda: read_envelope(path, _RECORD)
 
 
+def run_file(path):
+    from hooklens.training.run_folder import RunFolder
+
+    RunFolder(path.parent).begin({"steps": 3, "layers": ["embed"]})
+    return RunFolder(path.parent).identity
+
+
+def diverged_file(path):
+    from hooklens.training.run_folder import RunFolder
+
+    RunFolder(path.parent).note_divergence("training diverged in step 2", 2)
+    return RunFolder(path.parent).noted_divergence
+
+
+def state_file(path):
+    from hooklens.training.run_folder import RunFolder
+
+    RunFolder(path.parent).save_state({"step": 2, "first_loss": 1.5}, {"values": torch.arange(6.0)})
+    return RunFolder(path.parent).load_state
+
+
 FORMATS = {
     "cache.safetensors": cache_file,
     "checkpoint.safetensors": checkpoint_file,
@@ -100,6 +121,9 @@ FORMATS = {
     "plan.json": plan_file,
     "activations.json": probe_manifest,
     "verified.json": asset_record,
+    "run.json": run_file,
+    "diverged.json": diverged_file,
+    "state.safetensors": state_file,
 }
 #: Who else writes files, and what: none of these is a format of ours that is read again.
 OTHERS = {
@@ -111,6 +135,10 @@ OTHERS = {
     "pretrained/checkpoint.py": "a tokenizer's files, to hand them to that library",
     "pretrained/assets.py": "what pip prints, and what is unpacked under a pin",
     "plugins/probing/store.py": "arrays, whose bytes the manifest covers",
+    "data/story_files.py": "a temporary copy of a file of stories, for the datasets library",
+    "training/row_file.py": "rows that others read while they are written, each with a checksum",
+    "training/run_folder.py": "the lock of a run, without content",
+    "training/run_recipe.py": "settings as TOML, which people write too",
 }
 
 

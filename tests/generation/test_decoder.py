@@ -215,6 +215,14 @@ def test_where_blas_is_slower_with_vectors_a_row_is_multiplied_as_a_row(gain, we
         assert {of.func for of in (*step.unembed.products, *step.layers[0].qkv.products)} == {product}
 
 
+def test_a_model_that_drops_entries_is_not_stepped_through(counted):
+    model = zoo_model("llama", dropout=0.5).eval()
+    model.generate([1, 2, 3], 5, stop=())
+    assert len(counted) == 4
+    model.train().generate([1, 2, 3], 5, stop=())
+    assert len(counted) == 4
+
+
 def test_packing_switched_off_around_a_generation_is_off_in_it(packs):
     with packed_linears(enabled=False):
         zoo_model("llama").generate([1, 2, 3], 26, stop=())
