@@ -60,7 +60,7 @@ def judge_layers(layers: Sequence[str], gradients: NDArray, parameters: NDArray)
     judged = []
     for i, layer in enumerate(layers):
         seen = [
-            _vanishing(last[i], middle),
+            _vanishing(float(last[i]), middle),
             _exploding(gradients[:, i].astype(np.float64)),
             _growing(parameters[:, i].astype(np.float64)),
         ]

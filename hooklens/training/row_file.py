@@ -66,7 +66,7 @@ class RowFile:
                     self._file.close()
                 raise
 
-    def append(self, step: int, values: Sequence[Sequence[float] | NDArray]) -> None:
+    def append(self, step: int, values: Sequence[Sequence[float | int] | NDArray]) -> None:
         """Write the row of one step, a sequence of values for each column in order."""
         row = np.concatenate([np.asarray(column, dtype="<f4").reshape(-1) for column in values])
         if len(row) != sum(self.widths.values()):
