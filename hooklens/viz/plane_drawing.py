@@ -73,7 +73,7 @@ def plane_maps(
 
 
 def polygons(
-    corners: Sequence[Num[Tensor, "corner 2"]],
+    corners: Sequence[Num[Tensor, "_corner 2"]],
     values: Sequence[float | int],
     title: str = "",
     *,
