@@ -72,7 +72,7 @@ def run_report(run: Run) -> "Report":
     if evaluations is not None:
         _token_losses(report, evaluations)
     if evaluations is not None and run.identity["settings"].get("snapshots") and run.checkpoints():
-        snapshots: Any = run.snapshots()  # type: ignore[attr-defined]
+        snapshots = run.snapshots()
         _snapshots(report, snapshots, _tokenizer_of(run.checkpoints()[0]))
     _settings(report, run)
     return _checkpoints(report, run)
