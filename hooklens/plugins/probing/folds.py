@@ -1,7 +1,7 @@
 """Folds for fitting and testing probes, and labels shuffled as they could have fallen."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,39 +38,68 @@ def make_folds(label: Classes, group: Classes, *, folds: int = 5, inner: int = 3
 
     Reference: Varma and Simon (2006), "Bias in error estimation when using cross-validation for model selection".
     """
-    outer = []
-    for train, test, _ in split(label, group, folds, seed):
-        within = split(label[train], group[train], inner, seed, "the training rows of a fold")
-        outer.append(Fold(train, test, tuple((train[part.train], train[part.test]) for part in within)))
-    return outer
+    failures = []
+    for parts in _splits(label, group, folds, seed, "the examples"):
+        try:
+            return [_with_inner_folds(part, label, group, inner, seed) for part in parts]
+        except InputError as error:  # a class lies in too few groups of some training rows: another split may do
+            failures.append(error)
+    raise failures[0]
+
+
+def _with_inner_folds(part: Fold, label: Classes, group: Classes, inner: int, seed: int) -> Fold:
+    rows = part.train
+    within = split(label[rows], group[rows], inner, seed, "the training rows of a fold")
+    return part._replace(inner=tuple((rows[fold.train], rows[fold.test]) for fold in within))
 
 
 def split(label: Classes, group: Classes, folds: int, seed: int, what: str = "the examples") -> list[Fold]:
     """Folds without inner folds; fewer than requested if a class occurs in fewer groups."""
-    before = random.getstate()
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+    return next(_splits(label, group, folds, seed, what))
 
-    random.setstate(before)  # importing it draws from the global generator
+
+def _splits(label: Classes, group: Classes, folds: int, seed: int, what: str) -> Iterator[list[Fold]]:
+    """Splits whose training rows contain every class: first the most stratified one, then random ones."""
     spread = [len(group[label == value].unique()) for value in label.unique()]
-    n = min(whole("folds", folds, 2), *spread)
-    if n < 2:
+    most = min(whole("folds", folds, 2), *spread)
+    if most < 2:
         raise InputError(
             f"folds need every class in at least two groups that share no prompt and no entity; in {what} the classes "
             f"occur in {spread} groups; give more prompts, or prompts that share fewer entities"
         )
     y, g = label.cpu().numpy(), group.cpu().numpy()
+    usable = False
+    for n_folds in range(most, 1, -1):
+        for parts in (_stratified(y, g, n_folds, seed), *_dealt(g, n_folds, seed)):
+            if all(len(np.unique(y[part.train])) == len(spread) and len(part.test) for part in parts):
+                usable = True
+                yield parts
+    if not usable:
+        raise InputError(
+            f"no folds of {what} leave training examples of every class: one class lies almost entirely in a group of "
+            f"{int(torch.bincount(group_numbers(len(group), group)).max())} examples; give smaller groups"
+        )
+
+
+def _stratified(y: Index, g: Index, n_folds: int, seed: int) -> list[Fold]:
+    before = random.getstate()
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    random.setstate(before)  # importing it draws from the global generator
     # groups of one can be stratified exactly and fast: the other splitter takes seconds for thousands of groups
     alone = len(np.unique(g)) == len(g)
     maker, by = (StratifiedKFold, None) if alone else (StratifiedGroupKFold, g)
-    for n_folds in range(n, 1, -1):
-        splitter = maker(n_folds, shuffle=True, random_state=seed_number(seed) % 2**32)
-        parts = [Fold(train, test) for train, test in splitter.split(y[:, None], y, by)]
-        if all(len(np.unique(y[part.train])) == len(spread) and len(part.test) for part in parts):
-            return parts
-    raise InputError(
-        f"no folds of {what} leave training examples of every class: one class lies almost entirely in a group of "
-        f"{int(torch.bincount(group_numbers(len(group), group)).max())} examples; give smaller groups"
-    )
+    splitter = maker(n_folds, shuffle=True, random_state=seed_number(seed) % 2**32)
+    return [Fold(train, test) for train, test in splitter.split(y[:, None], y, by)]
+
+
+def _dealt(g: Index, n_folds: int, seed: int) -> Iterator[list[Fold]]:
+    """Random splits: the groups are shuffled and dealt to the folds in turn."""
+    names, number = np.unique(g, return_inverse=True)
+    generator = np.random.default_rng(seed_number(seed) % 2**32)
+    for _ in range(_TRIES):
+        fold_of = generator.permutation(len(names))[number] % n_folds
+        yield [Fold(np.flatnonzero(fold_of != k), np.flatnonzero(fold_of == k)) for k in range(n_folds)]
 
 
 def shuffled(label: Classes, group: Classes, generator: torch.Generator) -> Classes:

@@ -34,6 +34,15 @@ def test_no_group_stands_on_both_sides(pairs, seed):
             assert sorted([*train, *test]) == sorted(fold.train.tolist())
 
 
+def test_folds_exist_where_the_most_stratified_split_leaves_too_few_groups_to_choose_in():
+    pairs = [(0, 0), (0, 0), (0, 2), (0, 3), (0, 4), (0, 4), (0, 4), (0, 6), (0, 6)]
+    pairs += [(1, 0), (1, 0), (1, 0), (1, 1), (1, 1), (1, 1), (1, 2), (1, 5), (1, 6), (1, 6)]
+    label, group = torch.tensor([a for a, _ in pairs]), torch.tensor([b for _, b in pairs])
+    for fold in make_folds(label, group, folds=3, inner=2, seed=0):
+        assert len(fold.inner) == 2
+        assert all(label[train].unique().tolist() == [0, 1] for train, _ in fold.inner)
+
+
 def test_folds_are_stratified():
     label, group = torch.tensor([0, 0, 0, 1] * 25), torch.arange(100)
     for fold in make_folds(label, group):
