@@ -3,23 +3,26 @@
 The bars: 10 % of a step, 1.0x transformers, 0.6x TransformerLens 3.9.0. Recording: `hl.train` against the same steps
 without its record, on a model of width 128 and 4 layers, 16 x 64 tokens; a block of steps holds one evaluation of 64
 windows. Steps: GPT-2-small shape, the same weights, 2 x 128 tokens, float32, AdamW. TransformerLens does not tie the
-unembedding to the embedding, and so trains 39 million parameters more. Run: python -m benchmarks.training
+unembedding to the embedding, and so trains 39 million parameters more. Each peer steps in a process of its own, between
+our steps. Run: python -m benchmarks.training
 """
 
 import argparse
+import contextlib
 import importlib.util
+import multiprocessing
 import statistics
-import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
 
 import hooklens as hl
 from benchmarks import peers
-from benchmarks.rounds import alternate, ratios, write
+from benchmarks.rounds import ratios, write
 from hooklens.data.batches import Batch, TrainingData, next_token_batch
 from hooklens.training import AdamW, Settings
 from hooklens.training.parameter_vector import ParameterVector
@@ -40,8 +43,8 @@ def main() -> None:
     options.add_argument("--dry", action="store_true", help="print the seconds and write no file")
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
-    rows, raw = recording(chosen.rounds, chosen.block, chosen.threads)
-    for part in steps(chosen.rounds, chosen.threads, chosen.fused):
+    rows, raw = recording(chosen.rounds, chosen.block)
+    for part in steps(chosen.rounds, chosen.fused):
         rows, raw = rows + part[0], raw | part[1]
     if chosen.dry:
         print(*rows, sep="\n")
@@ -72,55 +75,34 @@ class RandomTokens(TrainingData):
         return {"task": "random tokens", "d_vocab": self.d_vocab, "window": self.window, "evaluated": self.evaluated}
 
 
-class Recorded:
-    """`hl.train` in a thread that waits after every step: each call lets it take one more, with all that it records."""
+class Turns:
+    """Blocks of steps of `hl.train` and of another contender take turns: the other one runs between two steps.
 
-    def __init__(self, model: Any, data: TrainingData, settings: Settings, *, steps: int, threads: int):
+    No second thread trains: the idle workers of its pool would take the processor from the first.
+    """
+
+    def __init__(self, other: Callable[[], None], *, name: str, block: int):
+        self.other, self.name, self.block = other, name, block
         self.losses: list[float] = []
-        self._error: BaseException | None = None
-        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
-        self._over = False
-        self._arguments = (model, data, settings, steps, threads)
-        self._thread = threading.Thread(target=self._train, daemon=True)
-        self._thread.start()
-        self._wait()  # the first step, after the evaluation of the untrained model
+        self.seconds: dict[str, list[float]] = {"hooklens": [], name: []}
+        self._began, self.timed = 0.0, 0
 
-    def _train(self) -> None:
-        model, data, settings, steps, threads = self._arguments
-        torch.set_num_threads(threads)  # the setting belongs to a thread
-        try:
-            hl.train(model, data, steps=steps, settings=settings, after_step=self._pause, show=False)
-        except _Over:
-            pass
-        except BaseException as error:
-            self._error = error
-        self._done.release()
+    def train(self, model: Any, data: TrainingData, settings: Settings, rounds: int) -> None:
+        """The first block of both warms up and is not timed; nor is the last, at whose end the run is written."""
+        self.timed = (rounds + 1) * self.block
+        hl.train(model, data, steps=(rounds + 2) * self.block, settings=settings, after_step=self._after, show=False)
 
-    def _pause(self, step: int, loss: float) -> None:
+    def _after(self, step: int, loss: float) -> None:
         self.losses.append(loss)
-        self._done.release()
-        self._go.acquire()
-        if self._over:
-            raise _Over
-
-    def _wait(self) -> None:
-        self._done.acquire()
-        if self._error is not None:
-            raise self._error
-
-    def __call__(self) -> None:
-        self._go.release()
-        self._wait()
-
-    def close(self) -> None:
-        """End the run before its last step, so that no final state is written."""
-        self._over = True
-        self._go.release()
-        self._thread.join()
-
-
-class _Over(Exception):
-    """Ends the training thread."""
+        if step % self.block:
+            return
+        ended = time.perf_counter()
+        for _ in range(self.block):
+            self.other()
+        if self.block < step <= self.timed:
+            self.seconds["hooklens"].append(ended - self._began)
+            self.seconds[self.name].append(time.perf_counter() - ended)
+        self._began = time.perf_counter()
 
 
 class Unrecorded:
@@ -169,51 +151,82 @@ class Peer:
         self.losses.append(float(loss.detach()))
 
 
-def recording(rounds: int, block: int, threads: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def recording(rounds: int, block: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     cfg = hl.HookedTransformerConfig(n_layers=4, d_model=128, n_heads=4, n_ctx=64, d_vocab=80)
-    data, n = RandomTokens(80, 64, evaluated=64), (rounds + 2) * block
+    data = RandomTokens(80, 64, evaluated=64)
     settings = Settings(batch=16, optimizer=OPTIMIZER, schedule="constant", evaluate=rounds + 2)
-    recorded = Recorded(hl.HookedTransformer(cfg), data, settings, steps=n, threads=threads)
-    bare = Unrecorded(hl.HookedTransformer(cfg), data, settings)
-    runs = {"recorded": lambda: repeat(recorded, block), "not recorded": lambda: repeat(bare, block)}
-    repeat(recorded, block - 1)  # both at the end of their first block
-    repeat(bare, block - 1)
-    seconds = alternate(runs, rounds)
-    recorded.close()
+    turns = Turns(Unrecorded(hl.HookedTransformer(cfg), data, settings), name="not recorded", block=block)
+    turns.train(hl.HookedTransformer(cfg), data, settings, rounds)
     row = {"what": f"{block} steps and 1 evaluation", "bar": RECORDING}
-    return table(seconds, {"recorded": ("not recorded", row)}), {"recording": seconds}
+    return table(turns.seconds, {"hooklens": ("not recorded", row)}), {"recording": turns.seconds}
 
 
-def repeat(run: Callable[[], None], times: int) -> None:
-    for _ in range(times):
-        run()
+class PeerProcess:
+    """A peer in a process of its own, with the allocator of its users; `hl.train` changes that of its process."""
+
+    def __init__(self, name: str, fused: bool):
+        context = multiprocessing.get_context("spawn")
+        self.connection, far = context.Pipe()
+        arguments = (far, name, fused, torch.get_num_threads())
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
+        self.process.start()
+        self.gap = self.connection.recv()
+        self.losses = [self.connection.recv()]
+
+    def __call__(self) -> None:
+        self.connection.send("step")
+        self.losses.append(self.connection.recv())
+
+    def close(self) -> None:
+        self.connection.close()
+        self.process.join(10)
 
 
-def steps(rounds: int, threads: int, fused: bool) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
+def _serve(connection: Any, name: str, fused: bool, threads: int) -> None:
+    torch.set_num_threads(threads)
+    model = peers.ours()
+    module = PEERS[name].build(model)
+    data = RandomTokens(peers.SIZES["d_vocab"], 128, evaluated=2)
+    with torch.no_grad():
+        tokens = data.batch(0, 2).inputs
+        connection.send(float((logits_of(name, module)(tokens) - model(tokens)).abs().max()))
+    del model
+    peer = Peer(logits_of(name, module), module, data, fused)
+    connection.send(peer.losses[-1])
+    with contextlib.suppress(EOFError):
+        while connection.recv() == "step":
+            peer()
+            connection.send(peer.losses[-1])
+
+
+class Known(NamedTuple):
+    package: str
+    build: Callable[[Any], Any]
+    bar: float
+
+
+PEERS = {
+    "transformers": Known("transformers", peers.hugging_face, HUGGING_FACE),
+    "TransformerLens": Known("transformer_lens", peers.transformer_lens, TRANSFORMER_LENS),
+}
+
+
+def steps(rounds: int, fused: bool) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
     """Against each peer that is installed, so that two models are in memory at a time."""
     data = RandomTokens(peers.SIZES["d_vocab"], 128, evaluated=2)
-    against: dict[str, tuple[str, Callable[[Any], Any], float]] = {
-        "transformers": ("transformers", peers.hugging_face, HUGGING_FACE),
-        "TransformerLens": ("transformer_lens", peers.transformer_lens, TRANSFORMER_LENS),
-    }
-    for name, (package, build, bar) in against.items():
-        if importlib.util.find_spec(package) is None:
+    for name, known in PEERS.items():
+        if importlib.util.find_spec(known.package) is None:
             print(f"{name} is not installed and is left out")
             continue
-        model = peers.ours()
-        module = build(model)
-        with torch.no_grad():
-            batch = data.batch(0, 2)
-            gap = float((logits_of(name, module)(batch.inputs) - model(batch.inputs)).abs().max())
-        peer = Peer(logits_of(name, module), module, data, fused)
+        peer = PeerProcess(name, fused)
         settings = Settings(batch=2, optimizer=OPTIMIZER, schedule="constant", evaluate=1, checkpoints=1)
-        ours = Recorded(model, data, settings, steps=rounds + 10, threads=threads)
-        seconds = alternate({"hooklens": ours, name: peer}, rounds)
-        ours.close()
-        checked = [(a, b) for a, b in zip(ours.losses[:N_CHECKED], peer.losses[:N_CHECKED], strict=True)]
-        row = {"what": "a step, GPT-2-small shape", "bar": bar}
-        raw = {"seconds": seconds, "largest logit difference": gap, "losses": checked, "fused": fused}
-        yield table(seconds, {"hooklens": (name, row)}), {name: raw}
+        turns = Turns(peer, name=name, block=1)
+        turns.train(peers.ours(), data, settings, rounds)
+        peer.close()
+        checked = [(a, b) for a, b in zip(turns.losses[:N_CHECKED], peer.losses[:N_CHECKED], strict=True)]
+        row = {"what": "a step, GPT-2-small shape", "bar": known.bar}
+        raw = {"seconds": turns.seconds, "largest logit difference": peer.gap, "losses": checked, "fused": fused}
+        yield table(turns.seconds, {"hooklens": (name, row)}), {name: raw}
 
 
 def logits_of(name: str, module: Any) -> Callable[[Any], Any]:

@@ -1,8 +1,14 @@
 """The ends of the residual stream: embeddings, positions, the unembedding."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from hooklens.core.errors import InputError
 from hooklens.core.hooks import HookedPart, HookPoint
@@ -11,6 +17,8 @@ from hooklens.model.linear import Linear
 
 Stream = Float[Tensor, "batch pos d_model"]
 Angles = Float[Tensor, "*batch pos turned"]
+
+_row_gradients: ContextVar[list | None] = ContextVar("hooklens_row_gradients", default=None)
 
 
 class Embedding(nn.Embedding):
@@ -29,8 +37,48 @@ class TokenEmbedding(Embedding):
         self.scale = cfg.embed.scale
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Stream:
-        rows = super().forward(tokens)
+        rows = super().forward(tokens) if _row_gradients.get() is None else _Rows.apply(self.weight, tokens)
         return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)
+
+
+@contextmanager
+def row_gradients() -> Iterator[None]:
+    """A `with` block, around a backward pass, that adds gradients of embedded tokens to their rows at its end.
+
+    >>> embedding = Embedding(9, 2)
+    >>> with row_gradients():
+    ...     _Rows.apply(embedding.weight, torch.tensor([[4, 4]])).sum().backward()
+    >>> embedding.weight.grad[3:5]
+    tensor([[0., 0.],
+            [2., 2.]])
+
+    Autograd would write a gradient of the whole vocabulary for it, and add that to the gradient of the unembedding.
+    """
+    kept: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+    token = _row_gradients.set(kept)
+    try:
+        yield
+    finally:
+        _row_gradients.reset(token)
+    for weight, tokens, grad in kept:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        weight.grad.index_add_(0, tokens.flatten(), grad.flatten(0, -2))
+
+
+class _Rows(torch.autograd.Function):
+    """Rows of a weight, whose gradient an open `row_gradients` block collects."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> Tensor:
+        ctx.weight, ctx.tokens, ctx.kept = weight, tokens, _row_gradients.get()
+        return nn.functional.embedding(tokens, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        ctx.kept.append((ctx.weight, ctx.tokens, grad))
+        return None, None
 
 
 class VectorEmbedding(Linear):

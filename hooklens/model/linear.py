@@ -7,15 +7,17 @@ block.
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -35,6 +37,9 @@ ENV = "HOOKLENS_PACKED_LINEARS"
 _FEWEST_ROWS = 16
 # The size of a weight from which the two plain products of one row are timed, and the speed of a vector over a row.
 _WORTH_MEASURING = 2**19
+# The least multiplications for which a product in a step of training goes to oneDNN: below, the call costs more.
+_WORTH_ONEDNN = 2**26
+_faster_gradients: ContextVar[bool] = ContextVar("hooklens_faster_gradients", default=False)
 _vector_gains: dict[tuple[torch.Size, torch.dtype], float] = {}
 
 
@@ -50,6 +55,8 @@ class Linear(nn.Linear):
             packed = packs.weight_of(self, x)
             if packed is not None:
                 return packed_product(x, packed, self.bias)
+        if _faster_gradients.get() and _worth_it(x, self.weight):
+            return _Product.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -120,6 +127,53 @@ def packed_product(
 ) -> Float[Tensor, "... d_out"]:
     """x times a packed weight, plus the bias."""
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+@contextmanager
+def faster_gradients(enabled: bool) -> Iterator[None]:
+    """A `with` block in which large float32 products on the CPU, and their gradients, are computed by oneDNN.
+
+    >>> layer, x = Linear(8, 8), torch.ones(2, 8)
+    >>> with faster_gradients(True):
+    ...     torch.allclose(layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-5)
+    True
+
+    It computes from the weight as it lies in memory, so nothing has to be packed after each change of the weights. The
+    gradients cannot be differentiated again.
+    """
+    token = _faster_gradients.set(enabled and _measured(packs=False) > 0)
+    try:
+        yield
+    finally:
+        _faster_gradients.reset(token)
+
+
+class _Product(torch.autograd.Function):
+    """x times a weight, plus a bias. The gradient of the weight is torch's own product, which is as fast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return packed_product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            packed_product(grad, weight.T, None) if of_x else None,
+            rows.T @ x.flatten(0, -2) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
+
+
+def _worth_it(x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_out d_in"]) -> bool:
+    """Whether a product of a step of training is large enough, and one that oneDNN computes."""
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu" or not x.numel():
+        return False
+    return x.numel() * len(weight) >= _WORTH_ONEDNN and x.ndim > 1 and not torch.is_autocast_enabled("cpu")
 
 
 def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
@@ -211,6 +265,11 @@ def packing_gain(rows: int = 240) -> float:
     return _measured() if rows > 16 else _measured(1, 16384)
 
 
+def faster_gradients_pay() -> bool:
+    """Whether oneDNN multiplies by a weight as it lies in memory faster than torch does here; measured once."""
+    return os.environ.get(ENV, "1") != "0" and _measured(packs=False) > 1.1
+
+
 def vector_pays(weights: Sequence[Float[Tensor, "d_out d_in"]]) -> bool:
     """Whether weights of one shape times a vector take no longer than times one row here; measured once per shape.
 
@@ -230,14 +289,15 @@ def vector_pays(weights: Sequence[Float[Tensor, "d_out d_in"]]) -> bool:
 
 
 @cache
-def _measured(rows: int = 240, d_out: int = 768) -> float:
+def _measured(rows: int = 240, d_out: int = 768, packs: bool = True) -> float:
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return 0.0
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(size, 768, generator=generator) for size in (rows, d_out))
     try:
         with torch.no_grad():
-            ours, theirs = partial(packed_product, x, pack(weight, rows), None), partial(F.linear, x, weight)
+            known = pack(weight, rows) if packs else weight
+            ours, theirs = partial(packed_product, x, known, None), partial(F.linear, x, weight)
             if not torch.allclose(ours(), theirs(), atol=1e-3, rtol=1e-4):
                 return 0.0
             return _seconds(theirs) / _seconds(ours)

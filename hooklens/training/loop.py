@@ -16,12 +16,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.allocator import keep_freed_pages
 from hooklens.core.arguments import whole
 from hooklens.core.envelope import digest
 from hooklens.core.fingerprint import raw_bytes
 from hooklens.core.progress_bar import progress
 from hooklens.data.batches import Batch, TrainingData, drawn_for
 from hooklens.model.dropout import dropout_masks
+from hooklens.model.embed import row_gradients
+from hooklens.model.linear import faster_gradients, faster_gradients_pay
 from hooklens.pretrained.checkpoint import save
 from hooklens.training.divergence import Diverged, LossWatch, divergence_message
 from hooklens.training.parameter_vector import ParameterVector
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 _SAVE_EVERY = 30.0  # seconds between two states on disk: about what a killed run has to repeat
+_SAVE_SHARE = 20  # times what writing a state takes: at least this long until the next, longer for a large model
 _FLUSH_EVERY = 1.0  # seconds between two moments at which others see new rows
 
 
@@ -128,7 +132,10 @@ class _Training:
         self.recorder: Recorder | None = None
         self.taker: SnapshotTaker | None = None
         self.snapshot_shapes: dict[str, list[int]] = {}
-        self.saved = self.flushed = time.monotonic()
+        self.products = "torch"
+        self.flushed = time.monotonic()
+        self.save_at = self.flushed + _SAVE_EVERY
+        keep_freed_pages()  # every step frees and needs again the memory of its activations and gradients
 
     # -- beginning and end
 
@@ -137,6 +144,7 @@ class _Training:
         if self.group.first:
             state = self.folder.load_state() if self.folder.exists else None
             identity = self._identity(state)
+            self.products = identity["products"]
             self.folder.check(identity, why_not_extended=self._why_not_extended())
             message = self.folder.noted_divergence()
             if message is not None:
@@ -147,7 +155,8 @@ class _Training:
             self.folder.begin(identity)
             self.folder.forget_after(self.step if state is not None else -1)
         # Only the first process reads the folder, which the others need not see.
-        self.step = int(self.group.numbers_of_first([float(self.step)])[0])
+        step, onednn = self.group.numbers_of_first([float(self.step), float(self.products == "oneDNN")])
+        self.step, self.products = int(step), "oneDNN" if onednn else "torch"
         self.group.copy_first(self.vector.values, *self.slots.values())
         self._share_losses()
 
@@ -175,6 +184,9 @@ class _Training:
         """What two calls that are the same run have in common. Weights: those at its start, or of its last state."""
         values = self.vector.values.cpu()
         initial = digest([raw_bytes(values)])
+        products = "oneDNN" if values.dtype == torch.float32 and faster_gradients_pay() else "torch"
+        if self.folder.exists:  # the two differ in the last bits: a run goes on with what it began with
+            products = self.folder.identity().get("products", products)
         if state is not None and torch.equal(values, state[1]["values"]):
             initial = self.folder.identity()["initial_weights"]
         frozen = [p for p in self.model.parameters() if not p.requires_grad]
@@ -184,6 +196,7 @@ class _Training:
             "config": self.model.cfg.to_json(),
             "data": self.data.identity(),
             "to_learn": self.data.description(),
+            "products": products,
             "layers": list(self.vector.layers),
             "trained": sum(p.numel() for p in self.vector.parameters.values()),
             "frozen_weights": digest(raw_bytes(p.detach().cpu().contiguous()) for p in frozen),
@@ -256,17 +269,27 @@ class _Training:
         for start in range(0, len(rows), size):
             # Every pass draws the masks of the whole batch again, from the seed and the step only.
             self.masks.manual_seed(seed)
-            with dropout_masks(self.masks, first_row=first_row + start, n_rows=n_rows):
-                losses = self._losses_of(rows.rows(start, start + size))
-            part = losses.sum() / total
-            part.backward()
+            masks = dropout_masks(self.masks, first_row=first_row + start, n_rows=n_rows)
+            with masks, self._faster_gradients():
+                part = self._losses_of(rows.rows(start, start + size)).sum() / total
+                part.backward()
             summed += part.detach()
         self.vector.gather_gradients(self.grads)
         self.group.sum(self.grads)
         return float(self.group.sum(summed))
 
+    @contextlib.contextmanager
+    def _faster_gradients(self) -> Iterator[None]:
+        # On a GPU the order in which rows are added is not fixed.
+        rows = row_gradients() if self.vector.values.device.type == "cpu" else contextlib.nullcontext()
+        with faster_gradients(self.products == "oneDNN"), rows:
+            yield
+
     def _losses_of(self, batch: Batch) -> Float[Tensor, "target"]:
-        return self.settings.loss(self._output(batch)[batch.counts], batch.targets[batch.counts])
+        output, targets = self._output(batch), batch.targets
+        if not bool(batch.counts.all()):
+            output, targets = output[batch.counts], targets[batch.counts]
+        return self.settings.loss(output, targets).flatten()
 
     def _output(self, batch: Batch) -> Float[Tensor, "row pos d_vocab"]:
         """The model's output. Under autocast logits are computed in float32 from the stream, as bfloat16 has 8 bits."""
@@ -305,7 +328,7 @@ class _Training:
         if now - self.flushed > _FLUSH_EVERY:
             self.recorder.flush()
             self.flushed = now
-        if now - self.saved > _SAVE_EVERY:
+        if now > self.save_at:
             self.save_state()
 
     def _held_out_losses(self) -> Iterator[Float[Tensor, "row pos"]]:
@@ -331,10 +354,12 @@ class _Training:
         """Write what the run resumes from, behind the rows that it belongs to."""
         if self.recorder is None:
             return
+        began = time.monotonic()
         self.recorder.flush(to_disk=True)
         content = {"step": self.step, "losses": self.watch.to_json()}
         self.folder.save_state(content, {"values": self.vector.values, **self.slots})
-        self.saved = time.monotonic()
+        now = time.monotonic()
+        self.save_at = now + max(_SAVE_EVERY, _SAVE_SHARE * (now - began))
 
 
 @contextlib.contextmanager

@@ -49,6 +49,7 @@ def stop(step, loss):
 def stopped(tmp_path, monkeypatch):
     """A run of 6 steps that stopped after 4, its states written at every step."""
     monkeypatch.setattr(loop, "_SAVE_EVERY", 0.0)
+    monkeypatch.setattr(loop, "_SAVE_SHARE", 0)
     with pytest.raises(RuntimeError, match="stopped"):
         train(model(), DATA, steps=6, out=tmp_path / "run", settings=SETTINGS, after_step=stop)
     return tmp_path / "run"
@@ -147,6 +148,7 @@ def test_weights_that_are_not_finite_are_not_kept_as_a_checkpoint(tmp_path):
 def test_a_full_disk_stops_the_run_and_its_last_state_goes_on(tmp_path, monkeypatch):
     whole = train(model(), DATA, steps=6, out=tmp_path / "whole", settings=SETTINGS)
     monkeypatch.setattr(loop, "_SAVE_EVERY", 0.0)
+    monkeypatch.setattr(loop, "_SAVE_SHARE", 0)
     replace, failing = os.replace, []
 
     def full(source, target):

@@ -21,7 +21,7 @@ from hooklens.training.row_file import RowFile
 from hooklens.training.training_settings import Settings
 
 torch.set_num_threads(1)
-loop._SAVE_EVERY, loop._FLUSH_EVERY = 0.0, 0.0
+loop._SAVE_EVERY, loop._SAVE_SHARE, loop._FLUSH_EVERY = 0.0, 0, 0.0
 DATA = modular_arithmetic(p=7, fraction=0.7)
 SETTINGS = Settings(
     batch=8, accumulate=2, optimizer=Grokfast(inner=AdamW(lr=0.01)), clip=1.0, evaluate=6, checkpoints=6,

@@ -23,7 +23,7 @@ from hooklens.training.optimizers import AdamW, Grokfast
 from hooklens.training.training_settings import Settings
 
 torch.set_num_threads(1)
-loop._SAVE_EVERY = float(sys.argv[2])
+loop._SAVE_EVERY, loop._SAVE_SHARE = float(sys.argv[2]), 0
 data = modular_arithmetic(p=7, fraction=0.7)
 model = tiny_model(d_vocab=data.d_vocab, dtype=torch.float64, dropout=0.1)
 settings = Settings(batch=8, optimizer=Grokfast(inner=AdamW(lr=0.01)), clip=1.0, evaluate=10, checkpoints=6)

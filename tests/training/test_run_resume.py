@@ -48,6 +48,7 @@ def stop_after(step):
 @pytest.mark.parametrize("save_every", [0.0, 1e9])
 def test_resumed_equals_uninterrupted_bit_for_bit(uninterrupted, tmp_path, monkeypatch, step, save_every):
     monkeypatch.setattr(loop, "_SAVE_EVERY", save_every)
+    monkeypatch.setattr(loop, "_SAVE_SHARE", 0)
     with pytest.raises(RuntimeError, match="stopped"):
         train(model(), DATA, steps=12, out=tmp_path / "run", settings=SETTINGS, after_step=stop_after(step))
     run = train(model(), DATA, steps=12, out=tmp_path / "run", settings=SETTINGS)

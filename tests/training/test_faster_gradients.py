@@ -1,0 +1,84 @@
+"""Products by oneDNN and gradients row by row: the numbers of autograd, and a run keeps what it began with."""
+
+import json
+
+import pytest
+import torch
+from close import close
+from packing import needs_packing
+
+import hooklens as hl
+from hooklens.data.modular import modular_arithmetic
+from hooklens.model import linear
+from hooklens.model.embed import row_gradients
+from hooklens.model.linear import Linear, faster_gradients
+from hooklens.testing import tiny_model
+from hooklens.training import loop
+from hooklens.training.training_settings import Settings
+
+TOKENS = torch.tensor([[1, 2, 1, 3], [4, 4, 4, 0]])
+
+
+def gradients(model, *, faster):
+    model.zero_grad()
+    model.train()
+    with faster_gradients(faster):
+        if faster:
+            with row_gradients():
+                model(TOKENS).square().sum().backward()
+        else:
+            model(TOKENS).square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@needs_packing
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_are_those_of_autograd(monkeypatch, tied, dtype):
+    monkeypatch.setattr(linear, "_WORTH_ONEDNN", 0)
+    model = tiny_model(tie_word_embeddings=tied, dtype=dtype)
+    plain, faster = gradients(model, faster=False), gradients(model, faster=True)
+    largest = max(float(grad.abs().max()) for grad in plain.values())  # that of a key's bias is zero but for rounding
+    bound = 100 * torch.finfo(dtype).eps * largest
+    assert all(float((faster[name] - plain[name]).abs().max()) < bound for name in plain)
+
+
+@needs_packing
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24), (1, 1, 24)])
+def test_products_and_their_gradients_agree(monkeypatch, bias, shape):
+    monkeypatch.setattr(linear, "_WORTH_ONEDNN", 0)
+    layer, x = Linear(24, 16, bias=bias), torch.randn(shape, requires_grad=True)
+    results = []
+    for enabled in (False, True):
+        with faster_gradients(enabled):
+            out = layer(x)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), [x, *layer.parameters()])))
+    assert type(out.grad_fn).__name__ == "_ProductBackward"
+    assert all(close(a, b, ulps=1000) for a, b in zip(*results, strict=True))
+
+
+def test_a_frozen_embedding_gets_no_gradient():
+    model = tiny_model()
+    model.embed.weight.requires_grad_(False)
+    with row_gradients():
+        model(TOKENS).sum().backward()
+    assert model.embed.weight.grad is None and model.unembed.linear.weight.grad is not None
+
+
+@needs_packing
+@pytest.mark.parametrize("began", ["oneDNN", "torch"])
+def test_a_resumed_run_keeps_the_products_that_it_began_with(monkeypatch, tmp_path, began):
+    seen = []
+
+    def note(enabled):
+        seen.append(enabled)
+        return faster_gradients(enabled)
+
+    monkeypatch.setattr(loop, "faster_gradients", note)
+    data, settings = modular_arithmetic(p=5, fraction=0.8), Settings(batch=4, schedule="constant")
+    for steps, pays in ((2, began == "oneDNN"), (4, began != "oneDNN")):
+        monkeypatch.setattr(loop, "faster_gradients_pay", lambda pays=pays: pays)
+        hl.train(tiny_model(d_vocab=data.d_vocab), data, steps=steps, out=tmp_path, settings=settings)
+    assert seen == [began == "oneDNN"] * 4
+    assert json.loads((tmp_path / "run.json").read_text())["content"]["products"] == began
