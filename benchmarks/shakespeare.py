@@ -1,7 +1,8 @@
 """How low is the held-out loss of a character model of Shakespeare after ten minutes on two cores? The bar: 1.6 nats.
 
-The last tenth of the plays, by position, is held out, and all its windows are evaluated at the end. The number of steps
-is fixed beforehand, because the learning rate falls to its floor at the last one. `--steps` and `--dry` are for trials.
+The run is that of `hooklens train shakespeare`. The last tenth of the plays, by position, is held out, and all its
+windows are evaluated at the end. The number of steps is fixed beforehand, because the learning rate falls to its floor
+at the last one.
 Run: python -m benchmarks.shakespeare
 """
 
@@ -15,49 +16,34 @@ import torch
 
 import hooklens as hl
 from benchmarks.rounds import write
-from hooklens.data.plays import shakespeare
-from hooklens.data.text_windows import TextWindows
-from hooklens.model.transformer import HookedTransformer
-from hooklens.training import AdamW, Cosine, Settings
+from hooklens.training.run_recipe import Recipe
 
 BAR, MINUTES = 1.6, 10
-STEPS, WINDOW = 7000, 64
-SIZES: dict[str, Any] = {"n_layers": 4, "d_model": 128, "n_heads": 4, "positional_embedding_type": "rotary"}
-
-
-def settings_for(steps: int) -> Settings:
-    """The settings of the run."""
-    return Settings(
-        batch=16,
-        optimizer=AdamW(lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1),
-        schedule=Cosine(warmup=min(200, steps // 10), floor=0.02),
-        clip=1.0,
-        evaluate=40,
-    )
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--steps", type=int, default=STEPS)
+    options.add_argument("--steps", type=int, help="for trials; as shipped otherwise")
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--out", type=Path, help="a folder that keeps the run")
     options.add_argument("--dry", action="store_true", help="print the result and write no file")
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
-    data = shakespeare(window=WINDOW)
-    cfg = hl.HookedTransformerConfig(**SIZES, n_ctx=WINDOW, d_vocab=data.d_vocab)
-    model = HookedTransformer(cfg, tokenizer=data.tokenizer, seed=chosen.seed)
+    shipped = {} if chosen.steps is None else {"steps": chosen.steps}
+    recipe = Recipe({"task": "shakespeare"}, {"seed": chosen.seed}, shipped)
+    data, steps = recipe.load_data(), recipe.training["steps"]
+    model = recipe.load_model(data)
     with tempfile.TemporaryDirectory() as scratch:
         out = chosen.out or Path(scratch) / "run"
         start, cpu = time.perf_counter(), time.process_time()
-        run = hl.train(model, data, steps=chosen.steps, settings=settings_for(chosen.steps), out=out)
+        run = hl.train(model, data, steps=steps, settings=recipe.settings(), out=out)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         curve = [list(pair) for pair in zip(run.evaluations().steps.tolist(), run.held_out_loss.tolist(), strict=True)]
     loss, n = held_out_loss(model, data)
     row = {
-        "steps": chosen.steps,
-        "million tokens": chosen.steps * 16 * WINDOW / 1e6,
+        "steps": steps,
+        "million tokens": steps * recipe.settings().batch * recipe.data["window"] / 1e6,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": seconds,
         "CPU seconds": cpu,
@@ -73,7 +59,7 @@ def main() -> None:
         write("shakespeare", title, [row], {"row": row, "curve": curve, "settings": run.identity["settings"]})
 
 
-def held_out_loss(model: HookedTransformer, data: TextWindows) -> tuple[float, int]:
+def held_out_loss(model: hl.HookedTransformer, data: Any) -> tuple[float, int]:
     """The mean loss over every held-out window, and over how many tokens."""
     total, n = 0.0, 0
     for batch in data.with_all_held_out().held_out(128):

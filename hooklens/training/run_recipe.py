@@ -37,7 +37,21 @@ _TRAINING = {
     "optimizer": {"part": "adamw", "lr": 1e-3, "betas": [0.9, 0.99], "weight_decay": 0.1},
 }
 _STEPS = 2000
-_WARMUP = 100  # steps, at most a tenth of the run
+# Measured by benchmarks/shakespeare.py.
+_OF_TASK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "shakespeare": {
+        "data": {"window": 64},
+        "model": {"positional_embedding_type": "rotary"},
+        "training": {
+            "steps": 7000,
+            "batch": 16,
+            "evaluate": 40,
+            "optimizer": {"part": "adamw", "lr": 3e-3, "betas": [0.9, 0.99], "weight_decay": 0.1},
+            "schedule": {"part": "cosine", "floor": 0.02, "warmup": 200},
+        },
+    }
+}
+_SCHEDULE = {"part": "cosine", "floor": 0.1, "warmup": 100}  # the warm-up at most a tenth of the run
 
 
 @dataclass(frozen=True)
@@ -58,11 +72,13 @@ class Recipe:
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        steps = whole("steps", self.training.get("steps", _STEPS), 1)
-        schedule = {"part": "cosine", "floor": 0.1, "warmup": min(_WARMUP, steps // 10)}
-        training = {"steps": steps, **_TRAINING, "schedule": schedule}
-        object.__setattr__(self, "model", _joined(MODEL, self.model))
-        object.__setattr__(self, "training", _joined(training, self.training))
+        of_task = _OF_TASK.get(str(self.data.get("task")), {})
+        usual = _joined({"steps": _STEPS, **_TRAINING, "schedule": _SCHEDULE}, of_task.get("training", {}))
+        steps = whole("steps", self.training.get("steps", usual["steps"]), 1)
+        usual["schedule"]["warmup"] = min(usual["schedule"]["warmup"], steps // 10)
+        object.__setattr__(self, "data", _joined(of_task.get("data", {}), self.data))
+        object.__setattr__(self, "model", _joined(_joined(MODEL, of_task.get("model", {})), self.model))
+        object.__setattr__(self, "training", _joined(usual, self.training))
         self._check()
 
     def _check(self) -> None:
