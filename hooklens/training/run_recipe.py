@@ -25,9 +25,11 @@ TASKS = (
     "in_context_regression",
     "markov_source",
     "modular_arithmetic",
+    "random_repeats",
     "shakespeare",
     "text",
     "tiny_stories",
+    "tiny_stories_dataset",
 )
 _TABLES = ("data", "model", "training")
 MODEL = {"n_layers": 4, "d_model": 128, "n_heads": 4, "seed": 0}
@@ -36,6 +38,7 @@ _TRAINING = {
     "clip": 1.0,
     "optimizer": {"part": "adamw", "lr": 1e-3, "betas": [0.9, 0.99], "weight_decay": 0.1},
 }
+_OF_VECTORS = ("in_context_regression",)  # tasks whose targets are vectors
 _STEPS = 2000
 _WARMUP = 100  # steps, at most a tenth of the run
 
@@ -61,6 +64,8 @@ class Recipe:
         steps = whole("steps", self.training.get("steps", _STEPS), 1)
         schedule = {"part": "cosine", "floor": 0.1, "warmup": min(_WARMUP, steps // 10)}
         training = {"steps": steps, **_TRAINING, "schedule": schedule}
+        if self.data.get("task") in _OF_VECTORS:
+            training["loss"] = {"part": "squared_error"}
         object.__setattr__(self, "model", _joined(MODEL, self.model))
         object.__setattr__(self, "training", _joined(training, self.training))
         self._check()
