@@ -50,4 +50,4 @@ if not TYPE_CHECKING:  # a type checker would take every name, also a misspelt o
         return getattr(import_module(f"hooklens.data.{_HOMES[name]}"), name)
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+        return sorted(__all__)

@@ -63,6 +63,13 @@ def rhyme_path(rhyme, folder):
     return path
 
 
+def test_a_run_went_on_with_another_part_of_the_held_out_text(trained, rhyme):
+    model, run = trained
+    settings = Settings.from_json(run.identity["settings"])
+    with pytest.raises(InputError, match=r"data.evaluated was 64 and is None"):
+        hl.train(model, rhyme.with_all_held_out(), steps=40, out=run.path, settings=settings)
+
+
 def test_five_methods_read_the_checkpoints_of_a_run_with_dropout(trained):
     """Lens, patching, heads, a probe and a circuit on the first and the last kept model, trained with dropout."""
     _, run = trained
