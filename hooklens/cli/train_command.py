@@ -73,7 +73,7 @@ def train(
     Example: `hooklens train shakespeare --out runs/shakespeare`, or `hooklens train my.txt --steps 500 --out runs/mine`
 
     Tasks: decimal_arithmetic, in_context_regression, markov_source, modular_arithmetic, random_repeats, shakespeare,
-    tiny_stories, tiny_stories_dataset. All settings are written to settings.toml in the folder, `--settings` repeats
+    tiny_stories, tiny_stories_dataset. The settings are written to settings.toml in the folder, `--settings` repeats
     them, and `hooklens train --out FOLDER` alone continues the run.
     """
     from hooklens.pretrained.loading import as_device
