@@ -72,14 +72,15 @@ def train(
 
     Example: `hooklens train shakespeare --out runs/shakespeare`, or `hooklens train my.txt --steps 500 --out runs/mine`
 
-    Tasks: decimal_arithmetic, in_context_regression, markov_source, modular_arithmetic, shakespeare, tiny_stories. All
-    settings are written to settings.toml in the folder, and `--settings` repeats them.
+    Tasks: decimal_arithmetic, in_context_regression, markov_source, modular_arithmetic, random_repeats, shakespeare,
+    tiny_stories, tiny_stories_dataset. The settings are written to settings.toml in the folder, `--settings` repeats
+    them, and `hooklens train --out FOLDER` alone continues the run.
     """
     from hooklens.pretrained.loading import as_device
     from hooklens.training.loop import train as train_model
     from hooklens.training.run_folder import RECIPE, RunFolder
 
-    checks = {"task": lambda: _task(task, options.settings), "out": lambda: _folder(out), **options.checks()}
+    checks = {"task": lambda: _task(task, options.settings, out), "out": lambda: _folder(out), **options.checks()}
     known = judge({**checks, "device": lambda: as_device(device), "settings": lambda: _kept(out, options.settings)})
     recipe, folder = _recipe(known["task"], known["settings"], options), known["out"]
     if RunFolder(folder).exists:
@@ -97,14 +98,15 @@ def train(
     _say_end(run, as_json)
 
 
-def _task(task: str | None, settings: Path | None) -> dict[str, Any]:
-    """The first entries of the table [data] for this argument."""
+def _task(task: str | None, settings: Path | None, out: Path | None) -> dict[str, Any]:
+    """The first entries of the table [data] for this argument; none if a file says what the data are."""
+    from hooklens.training.run_folder import RECIPE
     from hooklens.training.run_recipe import TASKS
 
     if task is None:
-        if settings is None:
+        if settings is None and (out is None or not (out / RECIPE).is_file()):
             known = ", ".join(name for name in TASKS if name != "text")
-            raise ArgumentError("give {task}, one of {0}, or a text file; or --settings", known)
+            raise ArgumentError("give {task}, one of {0}, or a text file; or --settings, or --out with a run", known)
         return {}
     if task in TASKS and task != "text":
         return {"task": task}
@@ -187,6 +189,7 @@ def _say_end(run: "Run", as_json: bool) -> None:
         typer.echo(json_line(told))
         return
     typer.echo(f"held-out loss after {steps:,} steps: {last:.4f} (untrained {first:.4f})")
+    typer.echo(printable(f"model, for --model of other commands: {run.checkpoints()[-1].path}"))
     typer.echo(printable(f"next: {following}"))
 
 

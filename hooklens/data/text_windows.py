@@ -100,7 +100,14 @@ class TextWindows(TrainingData):
         content = digest(
             np.ascontiguousarray(piece).view(np.uint8).data for piece in np.array_split(self.tokens, 64) if len(piece)
         )
-        return {"task": "text", "tokens": content, "split_at": self.split_at, "window": self.window, "seed": self.seed}
+        return {
+            "task": "text",
+            "tokens": content,
+            "split_at": self.split_at,
+            "window": self.window,
+            "evaluated": self.evaluated,
+            "seed": self.seed,
+        }
 
 
 def text(

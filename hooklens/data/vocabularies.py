@@ -29,12 +29,7 @@ class WordTokenizer(Tokenizer):
         try:
             return [self._ids[word] for word in words]
         except KeyError as error:
-            known = sorted(self._ids)
-            shown = f"{', '.join(map(repr, known[:12]))}{' ...' if len(known) > 12 else ''}"
-            raise InputError(
-                f"the text holds {error.args[0]!r:.40}, which is none of the {len(known)} tokens of this vocabulary "
-                f"({shown}); leave it out, or train on a text that has it"
-            ) from None
+            raise self._unreadable(text, error) from None
 
 
 def word_tokenizer(words: Sequence[str], pattern: str = _CHARACTER) -> WordTokenizer:

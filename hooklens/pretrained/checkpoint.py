@@ -62,7 +62,7 @@ def load_checkpoint(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> HookedTransformer:
-    """Load a model that `save` wrote, in its saved dtype unless `dtype` is given."""
+    """Load a model that `save` wrote, in its saved dtype unless `dtype` is given, and in evaluation mode."""
     path = path_of(path)
     file = read_envelope(path / FOLDER_FILE if path.is_dir() else path, SCHEMA)
     with reading(path, SCHEMA.what):
@@ -71,7 +71,7 @@ def load_checkpoint(
     for name, weight in file.tensors():
         assign(model, name, weight.to(device=device or "cpu", dtype=dtype))
     model.tie()
-    return model
+    return model.eval()  # a new module is in training mode, in which dropout acts
 
 
 def is_checkpoint(path: Path) -> bool:

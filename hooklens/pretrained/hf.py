@@ -157,6 +157,8 @@ def _hub_failed(repo: str, error: Exception) -> Exception:
 def _configuration(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
+        if of_run := sorted(folder.glob("checkpoints/step_*.safetensors")):
+            raise FileRefused(f"{folder} is the folder of a run; give one of its checkpoints, such as {of_run[-1]}")
         there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise FileRefused(f"{folder} has no {path.name} (it contains {there}); is it a Hugging Face model's folder?")
     return read_json(path, "a model's configuration")

@@ -87,7 +87,23 @@ class Tokenizer:
                 f"the text contains {text[half]!r} at {half}, half of a surrogate pair, which is not a character; "
                 "decode the original bytes as UTF-8"
             )
-        return self.backend.encode(text, add_special_tokens=False).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the package raises no narrower class for a word that it does not know
+            raise self._unreadable(text, error) from error
+
+    def _unreadable(self, text: str, error: Exception) -> InputError:
+        """The error for a text that a vocabulary without a token for unknown words cannot write."""
+        known, split = self.backend.get_vocab(), self.backend.pre_tokenizer
+        words = [text] if split is None else [word for word, _ in split.pre_tokenize_str(text)]
+        odd = next((word for word in words if word not in known), None)
+        if odd is None:
+            return InputError(f"the tokenizer cannot read this text ({error}); give another text")
+        shown = f"{', '.join(map(repr, sorted(known)[:12]))}{' ...' if len(known) > 12 else ''}"
+        return InputError(
+            f"the text holds {odd!r:.40}, which is none of the {len(known)} tokens of this vocabulary ({shown}); leave "
+            "it out, or train on a text that has it"
+        )
 
     def to_tokens(
         self,

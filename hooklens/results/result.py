@@ -80,7 +80,7 @@ class Result(Kept):
     def headline(self) -> str:
         """One line of context for the table: the baselines, then the other numbers and words."""
         line = ""
-        for name in (*self.baselines, *(field.name for field in _in_order(self) if field.repr)):
+        for name in dict.fromkeys((*self.baselines, *(field.name for field in _in_order(self) if field.repr))):
             value = getattr(self, name)
             if isinstance(value, bool | str | Real) and value != "":
                 longer = f"{line}{', ' if line else ''}{name} {summary(value)}"

@@ -2,6 +2,7 @@
 
 # All modules are imported here, so that a name shared by a module and its function always means the function.
 from hooklens.training.divergence import Diverged
+from hooklens.training.likelihood import Likelihood, measure_likelihood
 from hooklens.training.loop import train
 from hooklens.training.losses import CrossEntropy, Loss, SquaredError, StableMax
 from hooklens.training.optimizers import SGD, Adam, AdamW, Grokfast, Optimizer, OrthogonalGradient
@@ -20,6 +21,7 @@ __all__ = [
     "CrossEntropy",
     "Diverged",
     "Grokfast",
+    "Likelihood",
     "Loss",
     "Optimizer",
     "OrthogonalGradient",
@@ -31,6 +33,7 @@ __all__ = [
     "StableMax",
     "Steps",
     "checkpoints",
+    "measure_likelihood",
     "open_run",
     "train",
 ]

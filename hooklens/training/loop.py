@@ -28,7 +28,7 @@ from hooklens.model.linear import faster_gradients, faster_gradients_pay
 from hooklens.pretrained.checkpoint import save
 from hooklens.training.divergence import Diverged, LossWatch, divergence_message
 from hooklens.training.parameter_vector import ParameterVector
-from hooklens.training.preconditions import check_fit, check_trainable, held_out_batches
+from hooklens.training.preconditions import check_fit, check_trainable, held_out_batches, tokenizer_of_both
 from hooklens.training.processes import Processes, join_processes
 from hooklens.training.recorder import Recorder, recorded_evaluations
 from hooklens.training.run_folder import RunFolder
@@ -66,7 +66,8 @@ def train(
     (3, (3,))
 
     Without `out` the run lives in a temporary folder. `after_step(step, loss)` is called after every step.
-    `tensorboard` also writes scalars for TensorBoard into the folder. The model is in evaluation mode afterwards.
+    `tensorboard` also writes scalars for TensorBoard into the folder. The model is in evaluation mode afterwards. A
+    model without a tokenizer takes that of the data, so that it and its checkpoints read text.
 
     A run that is killed and resumed on the same machine gives the same weights, bit for bit, as one that is not. A run
     with a constant schedule may be given more `steps`. Under torchrun each process takes its rows of the batch.
@@ -87,6 +88,7 @@ def train(
         with folder.writing() if group.first else contextlib.nullcontext():
             training = _Training(model, data, settings, steps=steps, folder=folder, group=group)
             training.resume()
+            model.tokenizer = tokenizer_of_both(model, data)
             with training.recording(batch, tensorboard):
                 _run(training, after_step, show)
     finally:

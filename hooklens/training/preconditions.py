@@ -1,7 +1,7 @@
 """What is checked before a run begins: that model, data and settings fit each other."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,9 @@ from hooklens.training.losses import SquaredError
 from hooklens.training.processes import Processes
 from hooklens.training.training_settings import Settings
 
+if TYPE_CHECKING:
+    from hooklens.pretrained.tokenizer import Tokenizer
+
 
 def check_fit(model: HookedTransformer, data: TrainingData, settings: Settings, group: Processes) -> Batch:
     """Raise unless the model can be trained on the data with these settings; returns the first batch."""
@@ -23,6 +26,7 @@ def check_fit(model: HookedTransformer, data: TrainingData, settings: Settings, 
     group.first_row(len(batch))
     _check_inputs(model, data, batch)
     _check_targets(model, batch, settings.loss)
+    tokenizer_of_both(model, data)
     if settings.patience is not None and next(held_out_batches(data, 1), None) is None:
         raise InputError("patience= stops by the held-out loss, and these data hold nothing out; leave patience out")
     return batch
@@ -31,6 +35,28 @@ def check_fit(model: HookedTransformer, data: TrainingData, settings: Settings, 
 def held_out_batches(data: TrainingData, size: int) -> Iterator[Batch]:
     """The held-out batches that have rows."""
     return (batch for batch in data.held_out(size) if len(batch))
+
+
+def tokenizer_of_both(model: HookedTransformer, data: TrainingData) -> "Tokenizer | None":
+    """The tokenizer of model and data; raises if a token stands for one thing here and for another there.
+
+    >>> from hooklens.data.decimals import decimal_arithmetic
+    >>> from hooklens.testing import tiny_model
+    >>> tokenizer_of_both(tiny_model(d_vocab=15), decimal_arithmetic()).to_str_tokens("1+2")
+    ['1', '+', '2']
+    """
+    ours, theirs = model.tokenizer, getattr(data, "tokenizer", None)
+    if ours is None or theirs is None or ours is theirs:
+        return theirs if ours is None else ours
+    here, there = ({token: text for text, token in side.backend.get_vocab().items()} for side in (ours, theirs))
+    odd = next((token for token in sorted({**here, **there}) if here.get(token) != there.get(token)), None)
+    if odd is not None:
+        raise InputError(
+            f"the data have another tokenizer than the model: token {odd} is {there.get(odd)!r:.40} in the data and "
+            f"{here.get(odd)!r:.40} in the model; make the data with tokenizer=model.tokenizer, or "
+            "begin with model.tokenizer = data.tokenizer"
+        )
+    return ours
 
 
 def check_precision(precision: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -82,7 +108,7 @@ def _check_targets(model: HookedTransformer, batch: Batch, loss: Any) -> None:
     d_out = model.cfg.d_vocab_out
     if isinstance(loss, SquaredError) != batch.targets.is_floating_point():
         kind = "vectors, for the loss 'squared_error'" if batch.targets.is_floating_point() else "tokens"
-        raise InputError(f"the targets are {kind}, and the loss is {loss.name!r}")
+        raise InputError(f"the targets are {kind}, and the loss is {loss.name!r}; give Settings(loss=...)")
     if batch.targets.is_floating_point():
         if batch.targets.shape[-1] != d_out:
             raise InputError(

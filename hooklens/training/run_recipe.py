@@ -25,9 +25,11 @@ TASKS = (
     "in_context_regression",
     "markov_source",
     "modular_arithmetic",
+    "random_repeats",
     "shakespeare",
     "text",
     "tiny_stories",
+    "tiny_stories_dataset",
 )
 _TABLES = ("data", "model", "training")
 MODEL = {"n_layers": 4, "d_model": 128, "n_heads": 4, "seed": 0}
@@ -37,9 +39,9 @@ _TRAINING = {
     "optimizer": {"part": "adamw", "lr": 1e-3, "betas": [0.9, 0.99], "weight_decay": 0.1},
 }
 _STEPS = 2000
-# Measured by benchmarks/shakespeare.py.
 _OF_TASK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "shakespeare": {
+    "in_context_regression": {"training": {"loss": {"part": "squared_error"}}},
+    "shakespeare": {  # measured by benchmarks/shakespeare.py
         "data": {"window": 64},
         "model": {"positional_embedding_type": "rotary"},
         "training": {

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import HooklensError, InputError
 from hooklens.pretrained.checkpoint import load_checkpoint
 from hooklens.results.table import Table
 from hooklens.training.recorder import recorded_evaluations, recorded_snapshots, recorded_steps
 from hooklens.training.row_file import Rows
-from hooklens.training.run_drawing import draw_run
+from hooklens.training.run_drawing import draw_run, rows_so_far
 from hooklens.training.run_folder import RunFolder
 from hooklens.training.snapshots import Snapshots
 
@@ -59,6 +59,20 @@ class Run:
     def layers(self) -> list[str]:
         """The layers in the order of recorded norms."""
         return self.identity["layers"]
+
+    def __repr__(self) -> str:
+        """How far the run is, as far as its files can be read."""
+        try:
+            planned = self.identity["steps"]
+            steps, evaluations = rows_so_far(self.path)
+        except (HooklensError, OSError):
+            return f"Run({str(self.path)!r})"
+        said = [f"{0 if steps is None else len(steps.steps):,} of {planned:,} steps"]
+        if steps is not None:
+            said.append(f"loss {steps['loss'][-1]:.4g}")
+        if evaluations is not None:
+            said.append(f"held out {evaluations['loss'][-1]:.4g}")
+        return f"Run({str(self.path)!r}: {', '.join(said)})"
 
     def steps(self) -> Rows:
         """Every step so far: loss, rate, gradient, seconds, gradient_norms, parameter_norms, change_norms."""

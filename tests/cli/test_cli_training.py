@@ -9,7 +9,7 @@ from test_cli import invoke
 import hooklens as hl
 from hooklens import cli
 from hooklens.core.errors import Unavailable
-from hooklens.training.run_recipe import Recipe, read_recipe
+from hooklens.training.run_recipe import TASKS, Recipe, read_recipe
 
 TINY = ["--layers", 1, "--d-model", 8, "--heads", 2, "--batch", 4, "--steps", 3]
 
@@ -62,6 +62,26 @@ def test_a_recipe_is_the_same_once_it_was_saved(tmp_path):
     assert content["training"]["optimizer"] == sgd and content["data"]["source"] == 'a "b"\\\n é'
     assert recipe.settings().optimizer == hl.training.SGD(lr=1e-8, momentum=0.5)
     assert Recipe({"task": "shakespeare"}, {}, {"steps": 50}).settings().schedule.warmup == 5
+
+
+def test_the_folder_alone_did_not_say_what_to_go_on_with(run):
+    _, out = run
+    done = invoke("train", "--out", out)
+    assert done.exit_code == 0 and "after 3 steps" in done.stdout, done.output
+    assert f"--model of other commands: {hl.open_run(out).checkpoints()[-1].path}" in done.stdout
+
+
+def test_regression_was_trained_with_a_loss_of_tokens(tmp_path):
+    done = invoke("train", "in_context_regression", *TINY, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    assert hl.open_run(tmp_path / "run").identity["settings"]["loss"] == {"part": "squared_error"}
+
+
+def test_every_task_of_the_library_is_one_of_the_command():
+    pairs = {"gendered_pronouns", "greater_than", "ioi", "repeated_tokens"}
+    assert set(TASKS) == {name for name in hl.data.__all__ if name.islower()} - pairs
+    recipe = Recipe({"task": "random_repeats", "d_vocab": 9, "length": 9})
+    assert recipe.load_model(recipe.load_data()).cfg.d_vocab == 9
 
 
 def test_vectors_are_read_by_a_model_of_vectors():

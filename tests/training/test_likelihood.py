@@ -121,3 +121,8 @@ def test_data_without_a_known_entropy_are_refused():
         measure_likelihood(tiny_model(), hl.data.modular_arithmetic(5))
     with pytest.raises(InputError, match="the model predicts 11 tokens, and the data have 20"):
         measure_likelihood(tiny_model(d_vocab=20, d_vocab_out=11), hl.data.markov_source(20, window=4))
+
+
+def test_the_headline_said_the_loss_twice():
+    measured = hl.training.measure_likelihood(tiny_model(d_vocab=2), hl.data.markov_source(2, window=8))
+    assert measured.headline().count("loss") == 1
