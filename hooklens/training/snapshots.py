@@ -135,14 +135,19 @@ def checked_prompts(value: Any) -> int | tuple[tuple[int, ...], ...]:
     if isinstance(value, Integral) and not isinstance(value, bool):
         return whole("snapshot_prompts", value, 1)
     prompts = value.tolist() if isinstance(value, Tensor | np.ndarray) else value
-    rows = prompts if isinstance(prompts, list | tuple) else [None]
-    ids = [token for row in rows for token in (row if isinstance(row, list | tuple) else [None])]
-    if not ids or any(isinstance(token, bool) or not isinstance(token, Integral) for token in ids):
+    if not isinstance(prompts, list | tuple) or not prompts or not all(map(_is_prompt, prompts)):
         raise WrongType(
             "snapshot_prompts is a number of rows of the held-out data, or a list of prompts, each a list of token ids "
             f"such as [[1, 2, 3]]; got {value!r:.80}"
         )
-    return tuple(tuple(int(token) for token in row) for row in rows)
+    return tuple(tuple(int(token) for token in row) for row in prompts)
+
+
+def _is_prompt(row: Any) -> bool:
+    """Whether this is a list of token ids, which bool is not."""
+    if not isinstance(row, list | tuple):
+        return False
+    return all(isinstance(token, Integral) and not isinstance(token, bool) for token in row)
 
 
 def _captured(model: HookedTransformer, chosen: Sequence[str | tuple]) -> Captured:
