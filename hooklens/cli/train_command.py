@@ -1,6 +1,8 @@
 """`hooklens train` and `dashboard`."""
 
 import functools
+import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +11,8 @@ import typer
 
 from hooklens.cli.base import command, say
 from hooklens.cli.options import AsJson, check_out
-from hooklens.core.errors import ArgumentError, InputError, did_you_mean, judge
+from hooklens.core.errors import ArgumentError, HooklensError, InputError, did_you_mean, judge
+from hooklens.core.files import make_folder
 from hooklens.core.terminal import json_line, printable
 
 if TYPE_CHECKING:
@@ -83,28 +86,32 @@ def train(
     checks = {"task": lambda: _task(task, options.settings, out), "out": lambda: _folder(out), **options.checks()}
     known = judge({**checks, "device": lambda: as_device(device), "settings": lambda: _kept(out, options.settings)})
     recipe, folder = _recipe(known["task"], known["settings"], options), known["out"]
-    if RunFolder(folder).exists:
+    begins = not RunFolder(folder).exists
+    if not begins:
         _check_same(folder, recipe)
     data = recipe.load_data()
     model = recipe.load_model(data, device=known["device"])
-    if not RunFolder(folder).exists:
-        folder.mkdir(parents=True, exist_ok=True)
-        recipe.save(folder / RECIPE)
+    if begins or (folder / RECIPE).is_file():
+        recipe.save(make_folder(folder) / RECIPE)
     try:
         run = train_model(model, data, steps=recipe.training["steps"], out=folder, settings=recipe.settings())
     except KeyboardInterrupt as stopped:
         say(str(stopped).replace("call", "command"))
         raise
-    _say_end(run, as_json)
+    except HooklensError:
+        if begins and not RunFolder(folder).exists:
+            (folder / RECIPE).unlink()  # what it says cannot be trained
+        raise
+    _say_end(run, folder, as_json)
 
 
 def _task(task: str | None, settings: Path | None, out: Path | None) -> dict[str, Any]:
-    """The first entries of the table [data] for this argument; none if a file says what the data are."""
+    """The first entries of the table [data] for this argument; none where a file of settings has them."""
     from hooklens.training.run_folder import RECIPE
     from hooklens.training.run_recipe import TASKS
 
     if task is None:
-        if settings is None and (out is None or not (out / RECIPE).is_file()):
+        if settings is None and (out is None or not os.path.isfile(out / RECIPE)):
             known = ", ".join(name for name in TASKS if name != "text")
             raise ArgumentError("give {task}, one of {0}, or a text file; or --settings, or --out with a run", known)
         return {}
@@ -117,10 +124,15 @@ def _task(task: str | None, settings: Path | None, out: Path | None) -> dict[str
 
 
 def _folder(out: Path | None) -> Path:
+    from hooklens.training.run_folder import RunFolder
+
     if out is None:
         raise ArgumentError("give {out}, the folder of the run, such as {0}", "--out runs/first")
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not os.path.isdir(out):
         raise InputError(f"--out {str(out)!r} is a file, and a run is a folder; give another name")
+    folder = RunFolder(out)
+    if not folder.exists:
+        folder.check_free()
     return out
 
 
@@ -131,7 +143,7 @@ def _kept(out: Path | None, settings: Path | None) -> "Recipe | None":
 
     if settings is not None:
         return read_recipe(settings)
-    return read_recipe(out / RECIPE) if out is not None and (out / RECIPE).is_file() else None
+    return read_recipe(out / RECIPE) if out is not None and os.path.isfile(out / RECIPE) else None
 
 
 def _recipe(task: dict[str, Any], kept: "Recipe | None", options: RecipeOptions) -> "Recipe":
@@ -167,28 +179,36 @@ def _check_options(task: str, options: RecipeOptions, kept: "Recipe | None") -> 
 
 
 def _check_same(folder: Path, recipe: "Recipe") -> None:
-    """Raise if the run in the folder has other settings."""
+    """Raise if the run in the folder has other settings; with a constant schedule it may be given more steps."""
     from hooklens.training.run_folder import RECIPE
     from hooklens.training.run_recipe import read_recipe
 
     if not (folder / RECIPE).is_file():
         return  # made by hl.train, which compares the runs itself
-    if differences := read_recipe(folder / RECIPE).differences(recipe):
+    kept = read_recipe(folder / RECIPE)
+    steps = recipe.training["steps"]
+    if steps > kept.training["steps"] and not recipe.settings().schedule.depends_on_steps:
+        kept = kept.changed(training={"steps": steps})
+    if differences := kept.differences(recipe):
         raise InputError(
             f"--out {str(folder)!r} holds a run with other settings: {'; '.join(differences[:3])}; leave these options "
             "out to continue it, or give another folder"
         )
 
 
-def _say_end(run: "Run", as_json: bool) -> None:
+def _say_end(run: "Run", folder: Path, as_json: bool) -> None:
     """Held-out loss before and after, and what to type next."""
-    held_out, following = run.evaluations(), f"hooklens dashboard {run.path}"
-    first, last, steps = float(held_out["loss"][0]), float(held_out["loss"][-1]), int(held_out.steps[-1])
+    held_out, steps = run.evaluations()["loss"].tolist(), run.steps_done
+    following = f"hooklens dashboard {shlex.quote(str(folder))}"
     if as_json:
-        told = {"steps": steps, "held_out_loss": last, "untrained": first, "run": str(run.path), "next": following}
-        typer.echo(json_line(told))
+        losses = {"held_out_loss": held_out[-1], "untrained": held_out[0]} if held_out else {}
+        losses["training_loss"] = float(run.loss[-1])
+        typer.echo(json_line({"steps": steps, **losses, "run": str(run.path), "next": following}))
         return
-    typer.echo(f"held-out loss after {steps:,} steps: {last:.4f} (untrained {first:.4f})")
+    if held_out:
+        typer.echo(f"held-out loss after {steps:,} steps: {held_out[-1]:.4f} (untrained {held_out[0]:.4f})")
+    else:
+        typer.echo(f"training loss of step {steps:,}: {run.loss[-1]:.4f} (these data hold nothing out)")
     typer.echo(printable(f"model, for --model of other commands: {run.checkpoints()[-1].path}"))
     typer.echo(printable(f"next: {following}"))
 

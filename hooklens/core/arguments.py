@@ -105,6 +105,8 @@ def path_of(value: Any, name: str = "path") -> Path:
 
 def check_call(name: str, function: Any, *arguments: str) -> None:
     """Raise unless a function can be called with arguments of these names, in this order."""
+    if not callable(function):
+        raise ArgumentError("{" + name + "} is a function of ({0}), got {1}", ", ".join(arguments), f"{function!r:.80}")
     bound = inspect.isroutine(function) or isinstance(function, partial)
     forward = getattr(function, "forward", None) if isinstance(function, torch.nn.Module) else None
     # an object's method itself: inspect takes the first argument of one that is static for self

@@ -27,6 +27,8 @@ _POSITIVE |= {"dim", "window", "original_n_ctx", "d_in", "n_layers", "d_model", 
 _SETTLED = ("d_head", "n_key_value_heads", "d_vocab_out", "d_mlp")  # their defaults follow from other fields
 _POSITIVE |= set(_SETTLED)
 _NOT_NEGATIVE = {"eps", "std", "unembed_std"}
+_NOT_NEGATIVE |= {"lr", "weight_decay", "amplify", "warmup", "floor", "gamma", "at"}
+_BELOW_ONE = {"momentum", "decay"}
 _KINDS: dict[Any, str] = {bool: "True or False", str: "a name", int: "a whole number", float: "a finite number"}
 _LARGEST_WHOLE = 2**63 - 1  # torch's
 _LARGEST_REAL = 1e12  # far above any model's values, and its square is finite in float32
@@ -112,7 +114,9 @@ def check_values(holder: Any, where: str) -> None:
         given = getattr(holder, f.name)
         if f.name in _SETTLED or (given is None and f.type not in _KINDS):
             continue
-        for value in given if f.type == tuple[float, ...] and isinstance(given, tuple | list) else (given,):
+        if f.type == tuple[float, ...] and not isinstance(given, tuple | list):
+            raise InputError(f"{where}: {f.name} is {given!r:.80}; a tuple of numbers is needed, such as (0.5, 0.75)")
+        for value in given if f.type == tuple[float, ...] else (given,):
             if needed := _needed(f.name, f.type, value):
                 raise InputError(f"{where}: {f.name} is {value!r:.80}; {needed} is needed")
 
@@ -127,7 +131,9 @@ def _needed(name: str, kind: Any, value: Any) -> str | None:
     good = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
     good = good and abs(value) <= (_LARGEST_WHOLE if whole else _LARGEST_REAL)  # False for NaN
     bound = ""
-    if name in _POSITIVE:
+    if name in _BELOW_ONE:
+        good, bound = good and 0 <= value < 1, " from 0 to below 1"
+    elif name in _POSITIVE:
         good, bound = good and value > 0, " above 0"
     elif name in _NOT_NEGATIVE:
         good, bound = good and value >= 0, " of at least 0"
@@ -156,7 +162,7 @@ def part(slot: str, value: Any) -> Any:
     name = values.pop("part", None)
     if not isinstance(name, str):
         raise WrongType(
-            f"a {slot} part is given as an instance, a name, or a dict with the name under 'part'; got {value!r:.80}"
+            f"{slot} takes a part as an instance, a name, or a dict with the name under 'part'; got {value!r:.80}"
         )
     if name not in _PARTS[slot]:
         unknown = did_you_mean(f"{slot} part", name, _PARTS[slot])
@@ -261,13 +267,13 @@ class DividedScaling(ScalingPart):
     magnitude: float = 1.0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in ("short", "long"):
             divisors = getattr(self, name)
             if not isinstance(divisors, tuple | list) or not divisors:
                 raise InputError(
                     f"DividedScaling: {name} is a tuple with one divisor per rotary frequency, got {divisors!r:.80}"
                 )
+        super().__post_init__()
         if len(self.short) != len(self.long):
             raise InputError(
                 f"DividedScaling: short and long need one divisor per rotary frequency each, got {len(self.short)} and "

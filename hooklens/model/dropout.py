@@ -47,7 +47,7 @@ class Dropout(nn.Dropout):
         if masks is None:
             return super().forward(x)
         shape = (masks.n_rows or len(x), *x.shape[1:])
-        drawn = torch.rand(shape, generator=masks.generator, device=x.device)
+        drawn = torch.rand(shape, generator=masks.generator, device=x.device, dtype=torch.float32)
         kept = drawn[masks.first_row : masks.first_row + len(x)] >= self.p
         return x * kept / (1 - self.p)
 

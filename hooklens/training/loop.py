@@ -17,8 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.allocator import keep_freed_pages
-from hooklens.core.arguments import whole
+from hooklens.core.arguments import check_call, whole
 from hooklens.core.envelope import digest
+from hooklens.core.errors import HooklensError, Unavailable
 from hooklens.core.fingerprint import raw_bytes
 from hooklens.core.progress_bar import progress
 from hooklens.data.batches import Batch, TrainingData, drawn_for
@@ -28,10 +29,16 @@ from hooklens.model.linear import faster_gradients, faster_gradients_pay
 from hooklens.pretrained.checkpoint import save
 from hooklens.training.divergence import Diverged, LossWatch, divergence_message
 from hooklens.training.parameter_vector import ParameterVector
-from hooklens.training.preconditions import check_fit, check_trainable, held_out_batches, tokenizer_of_both
+from hooklens.training.preconditions import (
+    check_fit,
+    check_trainable,
+    held_out_batches,
+    hooked_names,
+    tokenizer_of_both,
+)
 from hooklens.training.processes import Processes, join_processes
 from hooklens.training.recorder import Recorder, recorded_evaluations
-from hooklens.training.run_folder import RunFolder
+from hooklens.training.run_folder import RunFolder, plain_json
 from hooklens.training.snapshots import SnapshotTaker, snapshot_prompts
 from hooklens.training.tensorboard_log import TensorBoardLog
 from hooklens.training.training_run import Run
@@ -43,6 +50,7 @@ if TYPE_CHECKING:
 _SAVE_EVERY = 30.0  # seconds between two states on disk: about what a killed run has to repeat
 _SAVE_SHARE = 20  # times what writing a state takes: at least this long until the next, longer for a large model
 _FLUSH_EVERY = 1.0  # seconds between two moments at which others see new rows
+_UNENDED: list[Run] = []  # runs in temporary folders that an error ended: their folders stay until the process exits
 
 
 def train(
@@ -65,9 +73,10 @@ def train(
     >>> run.steps_done, run.loss.shape
     (3, (3,))
 
-    Without `out` the run lives in a temporary folder. `after_step(step, loss)` is called after every step.
-    `tensorboard` also writes scalars for TensorBoard into the folder. The model is in evaluation mode afterwards. A
-    model without a tokenizer takes that of the data, so that it and its checkpoints read text.
+    Without `out` the run lives in a temporary folder, which goes with the returned run and its checkpoints.
+    `after_step(step, loss)` is called after every step. `tensorboard` also writes scalars for TensorBoard into the
+    folder. The model is in evaluation mode afterwards. Hooks that are open act while it trains, and belong to the run.
+    A model without a tokenizer takes that of the data, so that it and its checkpoints read text.
 
     A run that is killed and resumed on the same machine gives the same weights, bit for bit, as one that is not. A run
     with a constant schedule may be given more `steps`. Under torchrun each process takes its rows of the batch.
@@ -76,8 +85,10 @@ def train(
     another run, or model, data and settings do not fit each other.
     """
     settings = Settings() if settings is None else settings
-    whole("steps", steps, 1)
+    steps = whole("steps", steps, 1)
     check_trainable(model, data)
+    if after_step is not None:
+        check_call("after_step", after_step, "step", "loss")
     group = join_processes(model)
     batch = check_fit(model, data, settings, group)
     folder = RunFolder(Path(tempfile.mkdtemp(prefix="hooklens-run-")) if out is None else out)
@@ -90,28 +101,37 @@ def train(
             training.resume()
             model.tokenizer = tokenizer_of_both(model, data)
             with training.recording(batch, tensorboard):
-                _run(training, after_step, show)
+                _run(training, after_step, show, again="the same call" if out is not None else f"out={str(run.path)!r}")
+    except BaseException:
+        if out is None and folder.exists:
+            _UNENDED.append(run)
+        raise
     finally:
         model.eval()
     return run
 
 
-def _run(training: "_Training", after_step: Callable[[int, float], Any] | None, show: bool | None) -> None:
-    """Take the remaining steps."""
+def _run(
+    training: "_Training", after_step: Callable[[int, float], Any] | None, show: bool | None, *, again: str
+) -> None:
+    """Take the remaining steps; `again` says what goes on with a run that Ctrl-C stopped."""
     show = show if training.group.first else False
     with _delayed_interrupt() as interrupted, progress("training", training.steps, unit="steps", show=show) as advance:
         advance(training.step)
-        over, stopped = training.group.any(training.is_over(), False)
-        while training.step < training.steps and not over:
+        over, stopped = training.group.any(training.is_over(), interrupted())
+        while training.step < training.steps and not over and not stopped:
             loss = training.advance()
             advance(1, f"loss {loss:.4g}")
             if after_step is not None:
                 after_step(training.step, loss)
             over, stopped = training.group.any(training.is_over(), interrupted())
-            if stopped:
-                training.save_state()
-                raise KeyboardInterrupt(f"stopped after {training.step} steps; the same call goes on from there")
+        if over:
+            training.keep_checkpoint()  # the last model of a run that stops early
         training.save_state()
+        if stopped or interrupted():
+            is_left = training.step < training.steps and not over
+            following = f"{again} goes on from there" if is_left else "the run is complete"
+            raise KeyboardInterrupt(f"stopped after {training.step} steps; {following}")
 
 
 class _Training:
@@ -138,6 +158,8 @@ class _Training:
         self.flushed = time.monotonic()
         self.save_at = self.flushed + _SAVE_EVERY
         keep_freed_pages()  # every step frees and needs again the memory of its activations and gradients
+        self.digest = ""  # of what the run is, without its number of steps
+        self.rows: dict[str, int] = {}  # in each file of the record, when the state was written
 
     # -- beginning and end
 
@@ -148,6 +170,7 @@ class _Training:
             identity = self._identity(state)
             self.products = identity["products"]
             self.folder.check(identity, why_not_extended=self._why_not_extended())
+            self.digest = digest([plain_json(identity | {"steps": None})])
             message = self.folder.noted_divergence()
             if message is not None:
                 raise Diverged(message)
@@ -170,10 +193,16 @@ class _Training:
         self.watch = LossWatch(first if known else None, self.group.numbers_of_first(last))
 
     def _take(self, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        here = {"values": self.vector.values, **self.slots}
+        same = {name: (t.shape, t.dtype) for name, t in here.items()} == {
+            name: (t.shape, t.dtype) for name, t in tensors.items()
+        }
+        if not same or content.get("run", self.digest) != self.digest:
+            raise self.folder.foreign_state()
         self.step, self.watch = content["step"], LossWatch(**content["losses"])
-        self.vector.values.copy_(tensors["values"])
-        for name, slot in self.slots.items():
-            slot.copy_(tensors[name])
+        self.rows = content.get("rows", {})
+        for name, tensor in here.items():
+            tensor.copy_(tensors[name])
 
     def _why_not_extended(self) -> str | None:
         """Why a run of fewer steps cannot go on; None if it can."""
@@ -189,10 +218,11 @@ class _Training:
         products = "oneDNN" if values.dtype == torch.float32 and faster_gradients_pay() else "torch"
         if self.folder.exists:  # the two differ in the last bits: a run goes on with what it began with
             products = self.folder.identity().get("products", products)
-        if state is not None and torch.equal(values, state[1]["values"]):
+        if state is not None and values.dtype == state[1]["values"].dtype and torch.equal(values, state[1]["values"]):
             initial = self.folder.identity()["initial_weights"]
         frozen = [p for p in self.model.parameters() if not p.requires_grad]
-        return {
+        hooked = hooked_names(self.model)
+        return ({"hooked": hooked} if hooked else {}) | {
             "steps": self.steps,
             "settings": self.settings.to_json(),
             "config": self.model.cfg.to_json(),
@@ -220,7 +250,8 @@ class _Training:
             return
         board = TensorBoardLog(self.folder.path, list(self.vector.layers), self.step) if tensorboard else None
         n_positions = batch.counts.shape[1]
-        self.recorder = Recorder(self.folder.path, list(self.vector.layers), n_positions, keep=self.step)
+        layers = list(self.vector.layers)
+        self.recorder = Recorder(self.folder.path, layers, n_positions, keep=self.step, rows=self.rows)
         self.recorder.tensorboard = board
         try:
             if self.taker is not None:
@@ -228,6 +259,13 @@ class _Training:
             if self.step == 0:
                 self._after_step()
             yield
+        except HooklensError as error:
+            if self.folder.exists:
+                raise
+            raise Unavailable(
+                f"the folder {str(self.folder.path)!r} vanished while its run was written ({error}). The model holds "
+                f"the weights after {self.step} steps: hl.save(model, path) keeps them"
+            ) from error
         finally:
             self.recorder.close()
 
@@ -272,7 +310,7 @@ class _Training:
             # Every pass draws the masks of the whole batch again, from the seed and the step only.
             self.masks.manual_seed(seed)
             masks = dropout_masks(self.masks, first_row=first_row + start, n_rows=n_rows)
-            with masks, self._faster_gradients():
+            with torch.enable_grad(), masks, self._faster_gradients():
                 part = self._losses_of(rows.rows(start, start + size)).sum() / total
                 part.backward()
             summed += part.detach()
@@ -323,15 +361,21 @@ class _Training:
             losses = list(self._held_out_losses())
             self.recorder.evaluation(self.step, torch.cat(losses) if losses else None)
         if self.step in self.checkpoints:
-            if not bool(self.vector.norms(self.vector.values).isfinite().all()):
-                self._diverged(f"the weights after {self.step} steps are not finite")
-            save(self.model, self.folder.checkpoint(self.step))
+            self.keep_checkpoint()
         now = time.monotonic()
         if now - self.flushed > _FLUSH_EVERY:
             self.recorder.flush()
             self.flushed = now
         if now > self.save_at:
             self.save_state()
+
+    def keep_checkpoint(self) -> None:
+        """Write the model as it is, unless its weights are no numbers: then the run has diverged."""
+        if self.recorder is None or self.folder.checkpoint(self.step).is_file():
+            return
+        if not bool(self.vector.norms(self.vector.values).isfinite().all()):
+            self._diverged(f"the weights after {self.step} steps are not finite")
+        save(self.model, self.folder.checkpoint(self.step))
 
     def _held_out_losses(self) -> Iterator[Float[Tensor, "row pos"]]:
         """The loss of every held-out target, NaN where none counts."""
@@ -358,7 +402,7 @@ class _Training:
             return
         began = time.monotonic()
         self.recorder.flush(to_disk=True)
-        content = {"step": self.step, "losses": self.watch.to_json()}
+        content = {"step": self.step, "losses": self.watch.to_json(), "run": self.digest, "rows": self.recorder.rows()}
         self.folder.save_state(content, {"values": self.vector.values, **self.slots})
         now = time.monotonic()
         self.save_at = now + max(_SAVE_EVERY, _SAVE_SHARE * (now - began))
@@ -372,6 +416,9 @@ def _delayed_interrupt() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(seen)
         return
     before = signal.getsignal(signal.SIGINT)
+    if before in (signal.SIG_IGN, None):  # a process in the background, or a handler that Python did not set
+        yield lambda: False
+        return
 
     def note(number: int, frame: Any) -> None:
         seen.append(number)

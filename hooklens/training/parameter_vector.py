@@ -1,7 +1,7 @@
 """All trained parameters as one vector: optimisers, norms, clipping and checkpoints work on it in a few calls."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from jaxtyping import Float
@@ -33,7 +33,7 @@ class ParameterVector:
 
     def __init__(self, module: nn.Module):
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        _check(self.parameters)
+        check_trained(self.parameters)
         first = next(iter(self.parameters.values()))
         self.slices: dict[str, slice] = {}
         self.layers: dict[str, slice] = {}
@@ -91,9 +91,12 @@ def layer_of(name: str) -> str:
     return name if match is None else match.group()
 
 
-def _check(parameters: dict[str, nn.Parameter]) -> None:
+def check_trained(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise unless these parameters can be one vector."""
     if not parameters:
-        raise InputError("there is nothing to train: no parameter of the model requires a gradient")
+        raise InputError(
+            "there is nothing to train: no parameter of the model requires a gradient; call model.requires_grad_()"
+        )
     kinds = {(str(p.dtype), str(p.device)) for p in parameters.values()}
     if len(kinds) > 1:
         seen = ", ".join(f"{dtype} on {device}" for dtype, device in sorted(kinds))

@@ -4,12 +4,16 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from hooklens.core.errors import InputError, WrongType
+from hooklens.core.hooks import HookPoint
 from hooklens.data.batches import Batch, TrainingData
 from hooklens.model.config import TokenEmbed
 from hooklens.model.transformer import HookedTransformer, need_hooked
+from hooklens.pretrained.builder import own_parameters
 from hooklens.training.losses import SquaredError
+from hooklens.training.parameter_vector import check_trained
 from hooklens.training.processes import Processes
 from hooklens.training.training_settings import Settings
 
@@ -59,14 +63,37 @@ def tokenizer_of_both(model: HookedTransformer, data: TrainingData) -> "Tokenize
     return ours
 
 
+def hooked_names(model: HookedTransformer) -> list[str]:
+    """Where hooks of the caller act, which change what is trained.
+
+    >>> from hooklens.testing import tiny_model
+    >>> model = tiny_model()
+    >>> with model.hooks([(("z", 0), lambda z, hook: z * 0)]):
+    ...     hooked_names(model)
+    ['blocks.0.attn.hook_z']
+    """
+
+    def is_hooked(module: nn.Module) -> bool:
+        if isinstance(module, HookPoint) and module.listening():
+            return True
+        return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+    return [name for name, module in model.named_modules() if is_hooked(module)]
+
+
 def check_precision(precision: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise unless passes can run in this precision.
+    """Raise unless passes can run in this precision, and steps in the dtype of the weights.
 
     >>> check_precision("bfloat16", torch.device("meta"), torch.float32)
     Traceback (most recent call last):
     ...
     hooklens.core.errors.InputError: precision='bfloat16' needs autocast, which the device meta lacks; leave it out
     """
+    if dtype == torch.float16:
+        raise InputError(
+            "this model's weights are float16, in which small gradients are rounded to 0 and Adam divides by 0; call "
+            "model.float(), and give precision='bfloat16' for passes of 16 bits"
+        )
     if precision == "model":
         return
     has_none = device.type == "cuda" and not torch.cuda.is_bf16_supported()
@@ -81,6 +108,15 @@ def check_precision(precision: str, device: torch.device, dtype: torch.dtype) ->
 def check_trainable(model: Any, data: Any) -> None:
     """Raise for objects that are no model or no data of training."""
     need_hooked(model, "hl.train")
+    if torch.is_inference_mode_enabled():
+        raise InputError("hl.train needs gradients, which torch.inference_mode() rules out; call it outside that block")
+    if any(p.is_inference() or p.is_meta for p in model.parameters()):
+        raise InputError(
+            "this model was built under torch.inference_mode() or on the device meta, so it has no weights to train; "
+            "build or load it outside of both"
+        )
+    own_parameters(model, "hl.train")
+    check_trained({name: p for name, p in model.named_parameters() if p.requires_grad})
     if not isinstance(data, TrainingData):
         raise WrongType(f"hl.train reads data of hl.data, such as hl.data.modular_arithmetic(); got {data!r:.80}")
 
@@ -115,6 +151,10 @@ def _check_targets(model: HookedTransformer, batch: Batch, loss: Any) -> None:
                 f"targets have {batch.targets.shape[-1]} numbers, the model's output {d_out} (d_vocab_out)"
             )
         return
-    needed = int(batch.targets[batch.counts].max()) + 1
+    counted = batch.targets[batch.counts]
+    if not len(counted) or int(counted.min()) < 0:
+        seen = "no target that counts" if not len(counted) else f"the target {int(counted.min())}"
+        raise InputError(f"the first batch has {seen}; `counts` is True at the targets to predict, and only there")
+    needed = int(counted.max()) + 1
     if needed > d_out:
         raise InputError(f"the targets reach token {needed - 1}, this model has d_vocab_out {d_out}; make it larger")

@@ -1,5 +1,6 @@
 """What a run records: every step its loss and norms, at evaluations the held-out losses and snapshots."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hooklens.core.errors import FileRefused, InputError
+from hooklens.core.errors import InputError
 from hooklens.training.row_file import RowFile, Rows, read_rows
 from hooklens.training.snapshots import Snapshots, SnapshotTaker
 from hooklens.training.tensorboard_log import TensorBoardLog
@@ -29,30 +30,45 @@ class Recorder:
     the losses of all targets, and the mean loss at each position. Snapshots are taken at evaluations.
     """
 
-    def __init__(self, folder: Path, layers: Sequence[str], n_positions: int, *, keep: int = 0):
+    def __init__(
+        self,
+        folder: Path,
+        layers: Sequence[str],
+        n_positions: int,
+        *,
+        keep: int = 0,
+        rows: Mapping[str, int] | None = None,
+    ):
+        """Go on after `keep` steps; `rows` says how many rows each file must have by then."""
         n = len(layers)
         widths = {"loss": 1, "rate": 1, "gradient": 1, "seconds": 1}
         widths |= {"gradient_norms": n, "parameter_norms": n, "change_norms": n}
         self.folder, self.layers, self.keep = folder, layers, keep
         self.tensorboard: TensorBoardLog | None = None
+        self._needed = {STEPS: keep, **(rows or {})} if keep else {}
         self._taker: SnapshotTaker | None = None
-        self._steps = RowFile(folder / STEPS, widths, keep=keep)
-        self._files = [self._steps]
-        if self._steps.kept_steps != list(range(keep)):
-            self._steps.close()
-            raise FileRefused(
-                f"{folder / STEPS} lacks intact rows of steps that the run has taken; restore the file, or remove the "
-                "folder and begin again"
-            )
+        self._files: dict[str, RowFile] = {}
+        self._steps = self._file(STEPS, keep, widths)
         at_end = {"loss": 1, "histogram": N_BINS, "by_position": n_positions}
         self._evaluations = self._at_evaluations(EVALUATIONS, at_end)
 
     def _at_evaluations(self, name: str, widths: Mapping[str, int], notes: Mapping[str, Any] | None = None) -> RowFile:
         # The evaluation after step k belongs to what is kept up to step k.
-        keep = self.keep + 1 if self.keep else 0
-        file = RowFile(self.folder / name, widths, keep=keep, notes=notes)
-        self._files.append(file)
-        return file
+        return self._file(name, self.keep + 1 if self.keep else 0, widths, notes)
+
+    def _file(self, name: str, keep: int, widths: Mapping[str, int], notes: Mapping[str, Any] | None = None) -> RowFile:
+        try:
+            self._files[name] = RowFile(
+                self.folder / name, widths, keep=keep, notes=notes, at_least=self._needed.get(name, 0)
+            )
+        except BaseException:
+            self.close()
+            raise
+        return self._files[name]
+
+    def rows(self) -> dict[str, int]:
+        """How many rows each file has."""
+        return {name: file.n_rows for name, file in self._files.items()}
 
     def take_snapshots(self, taker: SnapshotTaker, shapes: Mapping[str, list[int]]) -> None:
         """Take snapshots at all evaluations from now on."""
@@ -82,25 +98,33 @@ class Recorder:
 
     def flush(self, *, to_disk: bool = False) -> None:
         """Make what was recorded visible to readers."""
-        for file in self._files:
+        for file in self._files.values():
             file.flush(to_disk=to_disk)
 
     def close(self) -> None:
-        """Close the files."""
-        for file in self._files:
-            file.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        """Close the files, also if one of them cannot be written any more."""
+        with contextlib.ExitStack() as closing:
+            for file in self._files.values():
+                closing.callback(file.close)
+            if self.tensorboard is not None:
+                closing.callback(self.tensorboard.close)
 
 
 def recorded_steps(folder: Path) -> Rows:
     """The rows of all steps so far."""
-    return read_rows(folder / STEPS)
+    return _recorded(folder / STEPS)
 
 
 def recorded_evaluations(folder: Path) -> Rows:
     """The rows of all evaluations so far."""
-    return read_rows(folder / EVALUATIONS)
+    return _recorded(folder / EVALUATIONS)
+
+
+def _recorded(path: Path) -> Rows:
+    """The rows of a file; a run that has just begun may not have written its first line."""
+    if not path.is_file() or not path.stat().st_size:
+        raise InputError(f"the run in {str(path.parent)!r} has no {path.name} yet; wait for its first steps")
+    return read_rows(path)
 
 
 def recorded_snapshots(folder: Path) -> Snapshots:

@@ -1,5 +1,6 @@
 """A table that grows by one row a step, in a file that others read while it grows."""
 
+import errno
 import json
 import os
 import zlib
@@ -44,19 +45,33 @@ class RowFile:
     A process that is killed leaves whole rows and at most a part of one, which readers leave out.
     """
 
-    def __init__(self, path: Path, widths: Mapping[str, int], *, keep: int = 0, notes: Mapping[str, Any] | None = None):
-        """Open the file for rows from step `keep` on; rows of earlier steps stay, later ones are cut off."""
+    def __init__(
+        self,
+        path: Path,
+        widths: Mapping[str, int],
+        *,
+        keep: int = 0,
+        notes: Mapping[str, Any] | None = None,
+        at_least: int = 0,
+    ):
+        """Open the file for rows from step `keep` on; rows of earlier steps stay, later ones are cut off.
+
+        Fewer than `at_least` intact rows of earlier steps are refused: some of them were lost.
+        """
         self.path, self.widths = path, dict(widths)
         begin = _begin(self.widths, {} if notes is None else notes)
-        self.kept_steps: list[int] = []
         resumes = keep > 0 and path.exists()
-        if resumes:
-            self.kept_steps = _steps_before(path, keep, begin)
+        self.n_rows = _rows_before(path, keep, begin) if resumes else 0
+        if self.n_rows < at_least:
+            raise FileRefused(
+                f"{path} lacks intact rows of steps that the run has taken ({self.n_rows:,} of {at_least:,}); restore "
+                "the file, or remove the folder and begin again"
+            )
         with _writing(path):
             self._file = open(path, "r+b" if resumes else "wb")  # noqa: SIM115  # closed by close()
             try:
                 if resumes:
-                    self._file.truncate(len(begin) + len(self.kept_steps) * _row_bytes(self.widths))
+                    self._file.truncate(len(begin) + self.n_rows * _row_bytes(self.widths))
                     self._file.seek(0, os.SEEK_END)
                 else:
                     self._file.write(begin)
@@ -74,6 +89,7 @@ class RowFile:
         content = np.array([step], dtype="<u8").tobytes() + row.tobytes()
         with _writing(self.path):
             self._file.write(content + np.array([zlib.crc32(content)], dtype=_WORD).tobytes())
+        self.n_rows += 1
 
     def flush(self, *, to_disk: bool = False) -> None:
         """Make the rows visible to readers; `to_disk` also survives a loss of power."""
@@ -114,19 +130,18 @@ def read_rows(path: Path) -> Rows:
     return Rows(steps, columns, header["notes"])
 
 
-def _steps_before(path: Path, step: int, begin: bytes) -> list[int]:
-    """The steps of the intact rows before a step. What follows them may be anything: it is written again."""
+def _rows_before(path: Path, step: int, begin: bytes) -> int:
+    """How many intact rows of earlier steps there are. What follows them may be anything: it is written again."""
     with reading(path, "the record of a run"):
         header, raw = _read(path)
         if not path.read_bytes().startswith(begin):
             raise FileRefused(f"{path} has other columns than this run writes; choose another folder")
-        size, steps = _row_bytes(header["columns"]), []
+        size = _row_bytes(header["columns"])
         for start in range(0, len(raw) // size * size, size):
             here = int(np.frombuffer(raw, dtype="<u8", count=1, offset=start)[0])
             if here >= step or not _intact(raw, start, size):
-                break
-            steps.append(here)
-    return steps
+                return start // size
+    return len(raw) // size
 
 
 @contextmanager
@@ -135,9 +150,10 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise Unavailable(
-            f"cannot write {str(path)!r}: {error.strerror or error}; free some space, and the same call goes on from "
-            "the last state"
+            f"cannot write {str(path)!r}: {error.strerror or error}; {'free some space' if full else 'mend that'}, and "
+            "the same call goes on from the last state"
         ) from error
 
 

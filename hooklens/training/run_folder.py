@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from hooklens.core.arguments import path_of
 from hooklens.core.envelope import Schema, read_envelope, write_envelope
-from hooklens.core.errors import FileRefused, InputError, Unavailable
+from hooklens.core.errors import FileRefused, InputError, Unavailable, WrongType
 from hooklens.core.files import make_folder
 
 RUN = Schema("hooklens.run", 1, "a run", "hl.train", as_json=True)
@@ -20,6 +22,15 @@ STATE = Schema("hooklens.training_state", 1, "the state of a run", "hl.train")
 _LOCK, _UNFINISHED = ".lock", ".hooklens-"
 RECIPE = "settings.toml"  # what `hooklens train` repeats the run from; see `run_recipe`
 _CHECKPOINT = "step_{:09d}.safetensors"
+_AGAIN = "the run starts again from its first step"
+_ATTEMPTS, _WAIT = 5, 0.05  # to get the lock, and seconds between two of them
+#: What it means that one of these digests differs.
+_DIGESTS = {
+    "initial_weights": "the model's weights are neither those that the run began with nor those of its last state; "
+    "build the model again as for the first call (same seed)",
+    "frozen_weights": "the weights that are not trained are not those of the run",
+    "data.tokens": "the text, or its tokenizer, was changed since the run began",
+}
 
 
 class RunFolder:
@@ -30,12 +41,13 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = path_of(path, "out")
+        # Absolute, so that the run is found after a change of the current folder.
+        self.path = Path(os.path.abspath(path_of(path, "out").expanduser()))
 
     @property
     def exists(self) -> bool:
         """Whether a run began here."""
-        return (self.path / "run.json").is_file()
+        return os.path.isfile(self.path / "run.json")  # False also for a name that no file can have
 
     def identity(self) -> dict[str, Any]:
         """What the run is: its settings, configuration, data and number of steps."""
@@ -44,9 +56,7 @@ class RunFolder:
     def check(self, identity: Mapping[str, Any], *, why_not_extended: str | None = None) -> None:
         """Raise if other files or another run are here. More steps are refused with the reason `why_not_extended`."""
         if not self.exists:
-            ours = (_LOCK, _UNFINISHED, RECIPE)
-            if self.path.is_dir() and any(not file.name.startswith(ours) for file in self.path.iterdir()):
-                raise InputError(f"out={str(self.path)!r} holds other files; give a new folder, or that of a run")
+            self.check_free()
             return
         before, now = self.identity(), _plain(identity)
         more_steps = now["steps"] > before["steps"]
@@ -58,6 +68,18 @@ class RunFolder:
             raise InputError(
                 f"{str(self.path)!r} holds another run: {'; '.join(differences[:3])}{why}; give another folder for "
                 "out=, or train with what that run began with"
+            )
+
+    def check_free(self) -> None:
+        """Raise if the folder holds what no run left there."""
+        ours = (_LOCK, _UNFINISHED, RECIPE)
+        if not os.path.isdir(self.path):
+            return
+        others = sorted(file.name for file in self.path.iterdir() if not file.name.startswith(ours))
+        if others:
+            shown = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+            raise InputError(
+                f"out={str(self.path)!r} holds other files ({shown}) and no run; give a new folder, or that of a run"
             )
 
     def begin(self, identity: Mapping[str, Any]) -> None:
@@ -101,8 +123,10 @@ class RunFolder:
         with open(self.path / _LOCK) as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # held for an instant
-            except OSError:
+            except BlockingIOError:
                 return True
+            except OSError:
+                return None
         return False
 
     def checkpoint(self, step: int) -> Path:
@@ -133,7 +157,12 @@ class RunFolder:
             envelope = read_envelope(path, STATE)
             return envelope.content, dict(envelope.tensors())
         except FileRefused as error:
-            raise FileRefused(f"{error}; or remove it, and the run starts again from its first step") from error
+            raise FileRefused(f"{error}; or remove it, and {_AGAIN}") from error
+
+    def foreign_state(self) -> FileRefused:
+        """The error for an intact state that belongs to another run."""
+        path = str(self.path / "state.safetensors")
+        return FileRefused(f"{path!r} is the state of another run; put the right file back, or remove it, and {_AGAIN}")
 
 
 def _lock(handle: Any, path: Path) -> None:
@@ -141,22 +170,42 @@ def _lock(handle: Any, path: Path) -> None:
         import fcntl
     except ImportError:  # Windows: runs are not guarded there
         return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        handle.seek(0)
-        owner = handle.read().strip() or "another process"
-        raise Unavailable(
-            f"{str(path)!r} is being written by {owner}; wait until it ends, stop it, or give another folder for out="
-        ) from error
+    for attempt in range(_ATTEMPTS):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            if attempt + 1 < _ATTEMPTS:
+                time.sleep(_WAIT)  # a page that looks whether the run is written holds the lock for an instant
+                continue
+            handle.seek(0)
+            owner = handle.read().strip() or "another process"
+            raise Unavailable(
+                f"{str(path)!r} is being written by {owner}; wait until it ends, stop it, or give another folder for "
+                "out="
+            ) from error
+        except OSError:  # a file system without locks: runs are not guarded there
+            return
     handle.truncate(0)
     handle.write(f"process {os.getpid()}")
     handle.flush()
 
 
+def plain_json(identity: Mapping[str, Any]) -> str:
+    """What a run is, as JSON; numbers of numpy become those of Python."""
+    return json.dumps(dict(identity), default=_number)
+
+
 def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
     """As JSON would give it back: lists for tuples."""
-    return json.loads(json.dumps(dict(identity)))
+    return json.loads(plain_json(identity))
+
+
+def _number(value: Any) -> Any:
+    """The Python number of one of numpy."""
+    if isinstance(value, Number) and hasattr(value, "item"):
+        return value.item()
+    raise WrongType(f"identity() of the data returns plain numbers and texts, in lists and dicts; got {value!r:.80}")
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
@@ -165,5 +214,9 @@ def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
         for key in {**before, **now}:
             yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
         return
-    if before != now:
+    if before == now:
+        return
+    if name in _DIGESTS and before is not None and now is not None:
+        yield _DIGESTS[name]
+    else:
         yield f"{name} was {before!r:.60} and is {now!r:.60}"

@@ -1,5 +1,6 @@
 """A recipe: all the settings of a run in one TOML file, from which it can be repeated."""
 
+import contextlib
 import copy
 import inspect
 import json
@@ -10,8 +11,8 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import hooklens.data as tasks
-from hooklens.core.arguments import whole
-from hooklens.core.errors import InputError, did_you_mean
+from hooklens.core.arguments import seed_number, whole
+from hooklens.core.errors import ArgumentError, InputError, NameNotFound, WrongType, did_you_mean
 from hooklens.core.files import read_text, write_atomically
 from hooklens.data.batches import TrainingData
 from hooklens.model.config import HookedTransformerConfig
@@ -51,7 +52,7 @@ _OF_TASK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "optimizer": {"part": "adamw", "lr": 3e-3, "betas": [0.9, 0.99], "weight_decay": 0.1},
             "schedule": {"part": "cosine", "floor": 0.02, "warmup": 200},
         },
-    }
+    },
 }
 _SCHEDULE = {"part": "cosine", "floor": 0.1, "warmup": 100}  # the warm-up at most a tenth of the run
 
@@ -76,7 +77,8 @@ class Recipe:
     def __post_init__(self) -> None:
         of_task = _OF_TASK.get(str(self.data.get("task")), {})
         usual = _joined({"steps": _STEPS, **_TRAINING, "schedule": _SCHEDULE}, of_task.get("training", {}))
-        steps = whole("steps", self.training.get("steps", usual["steps"]), 1)
+        with _in_table("training"):
+            steps = whole("steps", self.training.get("steps", usual["steps"]), 1)
         usual["schedule"]["warmup"] = min(usual["schedule"]["warmup"], steps // 10)
         object.__setattr__(self, "data", _joined(of_task.get("data", {}), self.data))
         object.__setattr__(self, "model", _joined(_joined(MODEL, of_task.get("model", {})), self.model))
@@ -87,6 +89,8 @@ class Recipe:
         """Find what is wrong before the data are read."""
         if "task" not in self.data:
             raise InputError(f"[data] needs a task; there are {', '.join(TASKS)}")
+        if self.data["task"] == "text" and "source" not in self.data:
+            raise InputError('[data] of the task text needs source = "...", the path of a text file')
         if self.data["task"] not in TASKS:
             raise did_you_mean("task", self.data["task"], TASKS)
         _check_names(
@@ -99,17 +103,21 @@ class Recipe:
 
     def settings(self) -> Settings:
         """How to train."""
-        return Settings.from_json({name: value for name, value in self.training.items() if name != "steps"})
+        with _in_table("training"):
+            return Settings.from_json({name: value for name, value in self.training.items() if name != "steps"})
 
     def config(self, **derived: Any) -> HookedTransformerConfig:
         """The model's configuration, with what follows from the data."""
         given = {name: value for name, value in self.model.items() if name != "seed"}
-        return HookedTransformerConfig.from_json({**derived, **given})
+        with _in_table("model"):
+            seed_number(self.model["seed"])
+            return HookedTransformerConfig.from_json({**derived, **given})
 
     def load_data(self) -> TrainingData:
         """The data of the task."""
         arguments = {name: value for name, value in self.data.items() if name != "task"}
-        return getattr(tasks, self.data["task"])(**arguments)
+        with _in_table("data", ArgumentError):
+            return getattr(tasks, self.data["task"])(**arguments)
 
     def load_model(self, data: TrainingData, *, device: Any = None) -> "HookedTransformer":
         """The untrained model, with the tokenizer of the data."""
@@ -150,7 +158,7 @@ class Recipe:
 
 def read_recipe(path: str | os.PathLike) -> Recipe:
     """The recipe in a TOML file: tables [data], [model] and [training]; an unknown name raises with the nearest."""
-    text = read_text(path, "the settings of a run")
+    text = read_text(path, "the settings of a run", encoding="utf-8-sig")  # some editors begin a file with a mark
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -160,6 +168,15 @@ def read_recipe(path: str | os.PathLike) -> Recipe:
         if not isinstance(table, dict):
             raise InputError(f"[{name}] is a table of settings, got {table!r:.80}")
     return Recipe(**{"data": {}, **content})
+
+
+@contextlib.contextmanager
+def _in_table(name: str, kind: type[InputError] = InputError) -> Iterator[None]:
+    """Say in which table of the file a value of a wrong type or range stands."""
+    try:
+        yield
+    except (kind, NameNotFound, WrongType) as error:
+        raise InputError(f"[{name}] {error}") from error
 
 
 def arguments_of(task: str) -> list[str]:

@@ -66,5 +66,12 @@ class Steps(Schedule):
     at: tuple[float, ...] = (0.5, 0.75)
     gamma: float = 0.1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if any(fraction > 1 for fraction in self.at):
+            raise InputError(
+                f"Steps: at holds fractions of the run, from 0 to 1, got {self.at}; divide numbers of steps by `steps`"
+            )
+
     def after_warmup(self, step: int, steps: int) -> float:
         return self.gamma ** sum(step >= fraction * steps for fraction in self.at)

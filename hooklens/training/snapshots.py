@@ -3,13 +3,16 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hooklens.core.arguments import whole
 from hooklens.core.errors import InputError, WrongType
 from hooklens.core.names import axes, resolve
 from hooklens.model.transformer import HookedTransformer
@@ -96,14 +99,55 @@ def snapshot_prompts(model: HookedTransformer, data: Any, asked: int | Sequence[
 
 
 def checked_choice(value: Any) -> tuple[str | tuple, ...]:
-    """The chosen names as a tuple, each a name, or a tuple of name, layer and head."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise WrongType(f'snapshots is a list of names such as "pattern" or ["pattern", 0, 1], got {value!r:.80}')
-    entries = list(value)
-    for i, entry in enumerate(entries):
-        if not isinstance(entry, str):
-            entries[i] = tuple(entry)
-    return tuple(entries)
+    """The chosen names as a tuple, each a name, or a tuple of name, layer and head.
+
+    >>> checked_choice(["pattern", ["z", 0, 1]])
+    ('pattern', ('z', 0, 1))
+    """
+    entries = value if isinstance(value, list | tuple) else [None]
+    chosen = [_chosen(entry) for entry in entries]
+    if None in chosen:
+        raise WrongType(
+            'snapshots is a list whose entries are names such as "pattern", or lists of a name, a layer and perhaps a '
+            f'head such as ["pattern", 0, 1]; got {value!r:.80}'
+        )
+    return tuple(entry for entry in chosen if entry is not None)
+
+
+def _chosen(entry: Any) -> str | tuple | None:
+    """A name, or one with a layer and perhaps a head; None if it is something else."""
+    if isinstance(entry, str):
+        return entry
+    if not isinstance(entry, list | tuple) or not 1 <= len(entry) <= 3 or not isinstance(entry[0], str):
+        return None
+    places = entry[1:]
+    if any(isinstance(place, bool) or not isinstance(place, Integral) for place in places):
+        return None
+    return entry[0], *map(int, places)
+
+
+def checked_prompts(value: Any) -> int | tuple[tuple[int, ...], ...]:
+    """A number of rows, or the prompts as tuples of token ids, from lists, an array or a tensor.
+
+    >>> checked_prompts(torch.tensor([[1, 2]])), checked_prompts(3)
+    (((1, 2),), 3)
+    """
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return whole("snapshot_prompts", value, 1)
+    prompts = value.tolist() if isinstance(value, Tensor | np.ndarray) else value
+    if not isinstance(prompts, list | tuple) or not prompts or not all(map(_is_prompt, prompts)):
+        raise WrongType(
+            "snapshot_prompts is a number of rows of the held-out data, or a list of prompts, each a list of token ids "
+            f"such as [[1, 2, 3]]; got {value!r:.80}"
+        )
+    return tuple(tuple(int(token) for token in row) for row in prompts)
+
+
+def _is_prompt(row: Any) -> bool:
+    """Whether this is a list of token ids, which bool is not."""
+    if not isinstance(row, list | tuple):
+        return False
+    return all(isinstance(token, Integral) and not isinstance(token, bool) for token in row)
 
 
 def _captured(model: HookedTransformer, chosen: Sequence[str | tuple]) -> Captured:

@@ -1,7 +1,7 @@
 """A run of training on disk: its losses, its checkpoints, its picture. It can be read while it is being written."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hooklens.core.arguments import path_of
 from hooklens.core.errors import HooklensError, InputError
 from hooklens.pretrained.checkpoint import load_checkpoint
 from hooklens.results.table import Table
@@ -30,6 +31,8 @@ class Checkpoint:
 
     step: int
     path: Path
+    #: Keeps the run of a temporary folder, whose files go with it.
+    run: "Run | None" = field(default=None, repr=False, compare=False)
 
     def load(self, *, device: Any = None) -> "HookedTransformer":
         """The model, ready for any method."""
@@ -110,7 +113,7 @@ class Run:
     def checkpoints(self) -> list[Checkpoint]:
         """The kept models, from the untrained to the last."""
         folder = RunFolder(self.path)
-        return [Checkpoint(step, folder.checkpoint(step)) for step in folder.checkpoint_steps()]
+        return [Checkpoint(step, folder.checkpoint(step), self) for step in folder.checkpoint_steps()]
 
     def figure(self) -> "Figure":
         """Training and held-out loss against steps on logarithmic axes, above the learning rate.
@@ -138,7 +141,7 @@ def checkpoints(run: Run | str | os.PathLike) -> list[Checkpoint]:
 
 def open_run(path: str | os.PathLike) -> Run:
     """The run in a folder, finished or under way."""
-    folder = RunFolder(path)
+    folder = RunFolder(path_of(path, "run"))
     if not folder.exists:
         raise InputError(f"{str(path)!r} holds no run of hl.train (no run.json); give the folder of one")
     return Run(folder.path)

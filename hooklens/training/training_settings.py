@@ -1,18 +1,20 @@
 """The settings of a run: together with the model, the data and the number of steps they determine it bit for bit."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from hooklens.core.arguments import seed_number, whole
-from hooklens.core.errors import InputError, did_you_mean
+from hooklens.core.errors import InputError, WrongType, did_you_mean
 from hooklens.model.config import part
 from hooklens.training.losses import CrossEntropy
 from hooklens.training.optimizers import AdamW
 from hooklens.training.schedules import Cosine
-from hooklens.training.snapshots import checked_choice
+from hooklens.training.snapshots import checked_choice, checked_prompts
 
 _PRECISIONS = ("model", "bfloat16")
 _SLOTS = ("optimizer", "schedule", "loss")
@@ -53,24 +55,26 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in _SLOTS:
+            if getattr(self, name) is None:
+                raise WrongType(
+                    f"{name} is a part of hl.training or its name, and not None; leave it out for the default"
+                )
             object.__setattr__(self, name, part(name, getattr(self, name)))
         for name, least in (("batch", 1), ("accumulate", 1), ("evaluate", 1), ("checkpoints", 1)):
-            whole(name, getattr(self, name), least)
+            object.__setattr__(self, name, whole(name, getattr(self, name), least))
         if self.batch % self.accumulate:
             raise InputError(f"a batch of {self.batch} rows does not split into {self.accumulate} equal passes")
-        if self.clip is not None and not self.clip > 0:
-            raise InputError(f"clip bounds the norm of the gradient and is above 0, got {self.clip}; None: no bound")
+        if self.clip is not None and not _is_positive(self.clip):
+            raise InputError(
+                f"clip bounds the gradient's norm: a finite number above 0, or None for no bound; got {self.clip!r:.50}"
+            )
         if self.precision not in _PRECISIONS:
             raise did_you_mean("precision", str(self.precision), _PRECISIONS)
         if self.patience is not None:
-            whole("patience", self.patience, 1)
-        seed_number(self.seed)
+            object.__setattr__(self, "patience", whole("patience", self.patience, 1))
+        object.__setattr__(self, "seed", seed_number(self.seed))
         object.__setattr__(self, "snapshots", checked_choice(self.snapshots))
-        if isinstance(self.snapshot_prompts, Sequence):
-            prompts = tuple(tuple(int(token) for token in prompt) for prompt in self.snapshot_prompts)
-            object.__setattr__(self, "snapshot_prompts", prompts)
-        else:
-            whole("snapshot_prompts", self.snapshot_prompts, 1)
+        object.__setattr__(self, "snapshot_prompts", checked_prompts(self.snapshot_prompts))
 
     def to_json(self) -> dict[str, Any]:
         """The settings as plain values."""
@@ -99,3 +103,7 @@ class Settings:
         if steps < 1:
             return [0]
         return sorted({0, steps, *(round(float(step)) for step in np.geomspace(1, steps, self.checkpoints))})
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf

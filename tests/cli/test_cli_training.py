@@ -164,3 +164,96 @@ def test_help_fits_80_columns_and_has_an_example(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     done = invoke(command, "--help")
     assert "Example:" in done.output and max(map(len, done.output.splitlines())) <= 80
+
+
+@pytest.fixture
+def settings_file(tmp_path):
+    """Settings of a short run on all pairs of a small task, with a constant schedule."""
+    path = tmp_path / "run.toml"
+    path.write_text(
+        '[data]\ntask = "modular_arithmetic"\np = 5\nfraction = 1.0\n[model]\nn_layers = 1\nd_model = 8\nn_heads = 2\n'
+        '[training]\nsteps = 3\nbatch = 4\nschedule = "constant"\n'
+    )
+    return path
+
+
+def test_a_run_that_holds_nothing_out_ends_with_its_training_loss(settings_file, tmp_path):
+    done = invoke("train", "--settings", settings_file, "--out", tmp_path / "run")
+    assert done.exit_code == 0 and "training loss of step 3: " in done.stdout, done.output
+    told = json.loads(invoke("train", "--out", tmp_path / "run", "--json").stdout)
+    assert told["training_loss"] == hl.open_run(tmp_path / "run").loss[-1] and "held_out_loss" not in told
+
+
+def test_the_folder_alone_goes_on_and_a_constant_schedule_may_be_given_more_steps(settings_file, tmp_path):
+    out = tmp_path / "run"
+    invoke("train", "--settings", settings_file, "--out", out)
+    done = invoke("train", "--out", out, "--steps", 5)
+    assert done.exit_code == 0 and hl.open_run(out).steps_done == 5, done.output
+    assert read_recipe(out / "settings.toml").training["steps"] == 5
+    done = invoke("train", "--out", out, "--steps", 4)
+    assert done.exit_code == cli.BAD_INPUT and "training.steps was 5 and is 4" in done.stderr
+
+
+def test_settings_that_were_edited_between_two_calls_are_refused(settings_file, tmp_path):
+    out = tmp_path / "run"
+    invoke("train", "--settings", settings_file, "--out", out)
+    kept = (out / "settings.toml").read_text()
+    (out / "settings.toml").write_text(kept.replace("batch = 4", "batch = 8"))
+    done = invoke("train", "--out", out)
+    assert done.exit_code == cli.BAD_INPUT and "settings.batch was 4 and is 8" in done.stderr
+    (out / "settings.toml").write_text(kept)
+    assert invoke("train", "--out", out).exit_code == 0
+
+
+def test_a_text_that_was_edited_between_two_calls_is_refused(run, tmp_path):
+    (tmp_path / "abc.txt").write_text("abc abd\n" * 100)
+    call = ["train", tmp_path / "abc.txt", *TINY, "--window", 8, "--out", tmp_path / "run"]
+    assert invoke(*call).exit_code == 0
+    (tmp_path / "abc.txt").write_text("abd abc\n" * 100)
+    done = invoke(*call)
+    assert done.exit_code == cli.BAD_INPUT and "the text, or its tokenizer, was changed" in done.stderr
+
+
+def test_a_folder_of_other_files_gets_no_settings(settings_file, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("x")
+    done = invoke("train", "--settings", settings_file, "--out", tmp_path / "thesis")
+    assert done.exit_code == cli.BAD_INPUT and "holds other files (thesis.tex) and no run" in done.stderr
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("name", ["run.toml/below", "x" * 300])
+def test_a_folder_that_cannot_be_made_is_told(settings_file, tmp_path, name):
+    done = invoke("train", "--settings", settings_file, "--out", tmp_path / name)
+    assert done.exit_code == cli.MISSING and "cannot be made" in done.stderr, done.output
+
+
+def test_settings_with_a_byte_order_mark_are_read(settings_file):
+    settings_file.write_bytes(b"\xef\xbb\xbf" + settings_file.read_bytes())
+    assert read_recipe(settings_file).training["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("p = 5", 'p = "5"', "[data] p is a whole number of at least 2, got '5'"),
+        ("fraction = 1.0", "fraction = 1.5", "[data] fraction is the share of all 25 pairs to train on"),
+        ("n_layers = 1", 'n_layers = "1"', "[model] the configuration: n_layers is '1'; a whole number above 0"),
+        ("n_layers = 1", 'seed = "x"', "[model] seed is a whole number"),
+        ("steps = 3", "steps = 0", "[training] steps is a whole number of at least 1, got 0"),
+        ("batch = 4", 'batch = "4"', "[training] batch is a whole number of at least 1, got '4'"),
+        ("batch = 4", 'clip = "x"', "[training] clip bounds the gradient's norm"),
+        ("batch = 4", 'optimizer = {lr = "x"}', "[training] AdamW: lr is 'x'; a finite number"),
+        ("batch = 4", "optimizer = {betas = 0.9}", "[training] AdamW: betas is 0.9; a tuple of numbers"),
+        ('"modular_arithmetic"', '"text"', '[data] of the task text needs source = "..."'),
+        ("n_layers = 1", "d_vocab = 3", "the data have 6 tokens, this model has d_vocab 3; give d_vocab=6"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_told_with_its_table_and_leaves_no_settings(settings_file, tmp_path, old, new, says):
+    settings_file.write_text(
+        settings_file.read_text().replace(old, new).replace('"text"\np = 5\nfraction = 1.0', '"text"')
+    )
+    done = invoke("train", "--settings", settings_file, "--out", tmp_path / "run")
+    by_annotation = "TypeCheckError" in done.stderr  # where annotations are executed, they speak first
+    assert by_annotation or (done.exit_code == cli.BAD_INPUT and says in done.stderr), done.stderr
+    assert not (tmp_path / "run" / "settings.toml").exists()

@@ -350,9 +350,9 @@ class Bare(BlockPart):
         ({"block": Nameless()}, InputError, r"Nameless\(final_norm=True\) has no name of its own"),
         ({"block": Heir()}, InputError, "has no name of its own"),
         ({"block": Bare()}, InputError, r"no Block is defined for Bare.*; write a subclass of Block with part = Bare"),
-        ({"block": 3}, WrongType, "a block part is given as an instance, a name, or a dict .*; got 3"),
-        ({"block": Bare}, WrongType, "a block part is given as an instance"),
-        ({"block": {"part": ["pre"]}}, WrongType, "a block part is given as an instance"),
+        ({"block": 3}, WrongType, "block takes a part as an instance, a name, or a dict .*; got 3"),
+        ({"block": Bare}, WrongType, "block takes a part as an instance"),
+        ({"block": {"part": ["pre"]}}, WrongType, "block takes a part as an instance"),
         ({"mask": {"part": "sliding_window", "windw": 2}}, NameNotFound, "no field of SlidingWindow named 'windw'; cl"),
     ],
 )

@@ -218,7 +218,7 @@ def test_frozen_weights_stay_and_belong_to_the_run(tmp_path):
     assert "embed" not in run.layers and torch.equal(weights_of(run)["embed.weight"], frozen().embed.weight)
     other = frozen()
     other.embed.weight.data[0, 0] += 1
-    with pytest.raises(HooklensError, match="frozen_weights was"):
+    with pytest.raises(HooklensError, match="the weights that are not trained are not those of the run"):
         train(other, DATA, steps=3, out=tmp_path / "run", settings=SETTINGS)
 
 
