@@ -68,6 +68,19 @@ def test_layers_are_judged_by_the_stated_criteria(gradient, parameter, verdict):
     assert judged.sentence.count("blocks.1:") == (0 if verdict == "healthy" else verdict.count(",") + 1)
 
 
+def test_layers_without_any_gradient_were_healthy_where_they_were_the_majority():
+    norms = np.stack([STEADY, *[0 * STEADY] * 6, STEADY], 1)  # as of a model whose six blocks are dead
+    judged = judge_layers([f"layer {i}" for i in range(8)], norms, np.ones_like(norms))
+    assert [layer.verdict for layer in judged] == ["healthy", *["vanishing"] * 6, "healthy"]
+
+
+def test_one_jump_of_the_parameters_was_growth_without_bound():
+    jump = np.where(STEPS > 120, 70.0, 1.0)
+    assert verdicts(parameter=jump).verdict == "healthy"
+    late = np.where(STEPS > 100, STEPS / 100, 1.0)  # as after a warm-up: one doubling is not yet a trend
+    assert verdicts(parameter=late).verdict == "healthy"
+
+
 def test_an_explosion_is_told_with_its_step():
     assert "200 in step 151, where 1 was usual" in verdicts(spike(150, 200.0)).sentence
 
