@@ -17,11 +17,11 @@ KEPT_UP = 0.9  # of the growth over the doubling before
 
 CRITERIA = (
     f"Vanishing: over the last tenth of the steps, the layer's median gradient norm is below {VANISHED:g} of that of "
-    "the median layer, or of the last layer, which is nearest to the loss. Exploding: after the first tenth "
-    f"of the steps, a gradient norm is above {EXPLODED:g} times the layer's own median over all tenths before. Growing "
-    "without bound: over each of the last two doublings of the number of steps (from a quarter of them to half, and "
-    f"from half to now) the layer's parameter norm grew by more than {GROWING:.0%}, and over the last by at least "
-    f"{KEPT_UP:.0%} of its growth over the one before. Nothing is judged before step {FEWEST}."
+    "the median layer, or of the last layer, which is nearest to the loss, unless it explodes. Exploding: after the "
+    f"first tenth of the steps, a gradient norm is above {EXPLODED:g} times the layer's own median over all tenths "
+    "before. Growing without bound: over each of the last two doublings of the number of steps (from a quarter of them "
+    f"to half, and from half to now) the layer's parameter norm grew by more than {GROWING:.0%}, and over the last by "
+    f"at least {KEPT_UP:.0%} of its growth over the one before. Nothing is judged before step {FEWEST}."
 )
 TERMS = {
     "layer": "a block of the model, or a part of it outside the blocks",
@@ -57,10 +57,10 @@ def judge_layers(layers: Sequence[str], gradients: NDArray, parameters: NDArray)
     if len(gradients) < FEWEST:
         return [Judged(layer, "too early", "") for layer in layers]
     last = np.median(_last_tenth(gradients), axis=0)
-    judged = []
+    usual, judged = _usual(gradients), []
     for i, layer in enumerate(layers):
         seen = [
-            _vanishing(float(last[i]), _usual(last)),
+            _vanishing(float(last[i]), usual),
             _exploding(gradients[:, i].astype(np.float64)),
             _growing(parameters[:, i].astype(np.float64)),
         ]
@@ -73,7 +73,7 @@ def judge_layers(layers: Sequence[str], gradients: NDArray, parameters: NDArray)
 def layer_table(layers: Sequence[str], gradients: NDArray, parameters: NDArray, changes: NDArray) -> Table:
     """The numbers that are judged, a row for each layer."""
     last, largest = np.median(_last_tenth(gradients), axis=0), gradients.max(axis=0)
-    usual = _usual(last)
+    usual = _usual(gradients)
     ratio = np.median(changes / np.maximum(parameters, np.finfo(np.float32).tiny), axis=0)
     rows = [
         (
@@ -95,9 +95,11 @@ def _last_tenth(values: NDArray) -> NDArray:
     return values[-max(1, len(values) // 10) :]
 
 
-def _usual(norms: NDArray) -> float:
-    """The median layer's, or the last layer's where most layers before it have small gradients."""
-    return float(max(np.median(norms), norms[-1]))
+def _usual(gradients: NDArray) -> float:
+    """The median layer's norm, or the last layer's where that is larger: most layers before it may be dead."""
+    last = np.median(_last_tenth(gradients), axis=0)
+    explodes = _exploding(gradients[:, -1].astype(np.float64)) is not None
+    return float(np.median(last) if explodes else max(np.median(last), last[-1]))
 
 
 def _vanishing(norm: float, usual: float) -> tuple[str, str] | None:

@@ -1,6 +1,7 @@
 """A slider: several figures in one place, of which one is shown."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -37,7 +38,7 @@ def slider(figures: Mapping[str, go.Figure], *, title: str = "step") -> go.Figur
     for axis, letter in ((figure.layout.xaxis, "x"), (figure.layout.yaxis, "y")):
         if set(kinds[0]) == {"scatter"}:
             axis.range = _range([trace[letter] for other in drawn for trace in other.data], axis.type == "log")
-    figure.frames = [go.Frame(name=name, data=other.data) for name, other in zip(names, drawn, strict=True)]
+    figure.frames = [go.Frame(name=name, data=data) for name, data in zip(names, _changing(drawn), strict=True)]
     at_once = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
     bottom = (figure.layout.margin.b or 48) + _BELOW
     look = {"len": 1.0, "x": 0, "y": 0, "yanchor": "top", "pad": {"t": bottom - _BELOW + 12, "b": 8}}
@@ -55,6 +56,28 @@ def slider(figures: Mapping[str, go.Figure], *, title: str = "step") -> go.Figur
         margin_b=bottom,
     )
     return figure
+
+
+def _changing(figures: list[go.Figure]) -> list[list[dict[str, Any]]]:
+    """Of each figure's traces, what differs between the figures: the rest is kept once, in the figure itself."""
+    drawn = [[trace.to_plotly_json() for trace in figure.data] for figure in figures]
+    first = drawn[0]
+    varying = [
+        {name for traces in drawn for name in {**trace, **traces[i]} if not _same(traces[i].get(name), trace.get(name))}
+        for i, trace in enumerate(first)
+    ]
+    return [
+        [{"type": trace["type"]} | {name: trace.get(name) for name in varying[i]} for i, trace in enumerate(traces)]
+        for traces in drawn
+    ]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()  # NaN equals itself here
+    return type(a) is type(b) and bool(a == b)
 
 
 def _share_colours(figures: list[go.Figure]) -> None:
