@@ -31,6 +31,7 @@ _HEADS, _PROMPTS, _TOKENS = 6, 4, 64  # of the snapshots are shown, as a page of
 _RECENT = 100  # steps of the training loss in large type
 _HEALTHY = "No layer's gradient vanishes or explodes, and no layer's parameters grow without bound."
 _EVERY = 3.0  # seconds between two pages of a run under way
+_REST = 3.0  # seconds between two pages, for each second of work on one
 
 
 def run_state(run: Run) -> str:
@@ -91,13 +92,17 @@ def watch_run(
 ) -> str:
     """Write the page every few seconds until the run ends; the page reloads itself. Returns how the run ended.
 
-    The last page does not reload itself, also if this is interrupted.
+    A page that takes long to draw is written less often, so that most of the machine is left to the run. The last page
+    does not reload itself, also if this is interrupted.
     """
     real("every", every, 0.1)
+    pause = every
     try:
         while (state := run_state(run)) == RUNNING:
-            run_report(run).save(out, reload=every)
-            wait(every)
+            began = time.process_time()
+            run_report(run).save(out, reload=pause)
+            pause = max(every, _REST * (time.process_time() - began))
+            wait(pause)
     except KeyboardInterrupt:
         run_report(run).save(out)
         raise
@@ -270,13 +275,19 @@ def _snapshots(report: "Report", snapshots: Any, tokenizer: Any = None) -> None:
 def _attention_frames(
     steps: np.ndarray, patterns: dict[str, np.ndarray], str_tokens: list[str], *, title: str
 ) -> dict[str, "Figure"]:
-    """A figure of all heads for each of at most 30 steps."""
+    """A figure of all heads for each of at most 30 steps; those before the last hold nothing but their numbers."""
+    from plotly.graph_objects import Figure, Heatmap
+
     from hooklens.viz.head_drawing import attention_heads
 
+    shown = _spread(len(steps))
     frames = {}
-    for i in _spread(len(steps)):
-        stacked = torch.from_numpy(np.stack([pattern[i] for pattern in patterns.values()]))
-        frames[f"{int(steps[i]):,}"] = attention_heads(stacked, str_tokens, list(patterns), title=title)
+    for i in shown[:-1]:
+        maps = [pattern[i] for pattern in patterns.values()]
+        colours = {"cmin": min(0.0, *(float(z.min()) for z in maps)), "cmax": max(float(z.max()) for z in maps)}
+        frames[f"{int(steps[i]):,}"] = Figure([Heatmap(z=z) for z in maps], layout={"coloraxis": colours})
+    last = torch.from_numpy(np.stack([pattern[shown[-1]] for pattern in patterns.values()]))
+    frames[f"{int(steps[shown[-1]]):,}"] = attention_heads(last, str_tokens, list(patterns), title=title)
     return frames
 
 

@@ -83,10 +83,15 @@ let kept = {};  // what the reader had set before the page reloaded itself
 try { kept = JSON.parse(sessionStorage.getItem(stored)) || {}; sessionStorage.removeItem(stored); } catch (error) {}
 function sliderOf(place) { return ((place.layout || {}).sliders || [])[0]; }
 const zoomed = kept.zoomed || {};  // of each figure, the axes that the reader chose a range for
+function nearest(labels, label) {  // of a long run, not every step has a place on every page
+  const number = (text) => Number(text.replaceAll(",", ""));
+  const distances = labels.map((other) => other === label ? 0 : Math.abs(number(other) - number(label)) || Infinity);
+  return distances.indexOf(Math.min(...distances));
+}
 function asBefore(figure, id) {
-  const slider = (figure.layout.sliders || [])[0];
-  const at = slider ? slider.steps.findIndex((step) => step.label === (kept.sliders || {})[id]) : -1;
-  if (at >= 0) {
+  const slider = (figure.layout.sliders || [])[0], label = (kept.sliders || {})[id];
+  if (slider && label !== undefined) {
+    const at = nearest(slider.steps.map((step) => step.label), label);
     slider.active = at;
     figure.data = figure.data.map((trace, i) => ({...trace, ...figure.frames[at].data[i]}));
   }

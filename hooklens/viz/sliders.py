@@ -23,7 +23,8 @@ def slider(figures: Mapping[str, go.Figure], *, title: str = "step") -> go.Figur
     >>> [frame.name for frame in moving.frames], moving.layout.sliders[0].active
     (['1', '10'], 1)
 
-    The figures have the same traces, labels and sizes. Colours and axes span the values of all of them.
+    The figures have the same traces, labels and sizes; all but the last may leave out what does not change. Colours
+    and axes span the values of all of them.
     """
     drawn = [go.Figure(figure) for figure in figures.values()]
     kinds = [[trace.type for trace in figure.data] for figure in drawn]
@@ -61,13 +62,12 @@ def slider(figures: Mapping[str, go.Figure], *, title: str = "step") -> go.Figur
 def _changing(figures: list[go.Figure]) -> list[list[dict[str, Any]]]:
     """Of each figure's traces, what differs between the figures: the rest is kept once, in the figure itself."""
     drawn = [[trace.to_plotly_json() for trace in figure.data] for figure in figures]
-    first = drawn[0]
-    varying = [
-        {name for traces in drawn for name in {**trace, **traces[i]} if not _same(traces[i].get(name), trace.get(name))}
-        for i, trace in enumerate(first)
-    ]
+    varying: list[set[str]] = [set() for _ in drawn[-1]]
+    for traces in drawn:
+        for names, trace, last in zip(varying, traces, drawn[-1], strict=True):
+            names |= {name for name, value in trace.items() if not _same(value, last.get(name))}
     return [
-        [{"type": trace["type"]} | {name: trace.get(name) for name in varying[i]} for i, trace in enumerate(traces)]
+        [{name: trace[name] for name in trace if name in varying[i] | {"type"}} for i, trace in enumerate(traces)]
         for traces in drawn
     ]
 
