@@ -21,7 +21,8 @@ CRITERIA = (
     f"first tenth of the steps, a gradient norm is above {EXPLODED:g} times the layer's own median over all tenths "
     "before. Growing without bound: over each of the last two doublings of the number of steps (from a quarter of them "
     f"to half, and from half to now) the layer's parameter norm grew by more than {GROWING:.0%}, and over the last by "
-    f"at least {KEPT_UP:.0%} of its growth over the one before. Nothing is judged before step {FEWEST}."
+    f"at least {KEPT_UP:.0%} of its growth over the one before; early in a run, before weight decay balances the steps, "
+    f"this is common. Nothing is judged before step {FEWEST}."
 )
 TERMS = {
     "layer": "a block of the model, or a part of it outside the blocks",
@@ -98,7 +99,7 @@ def _last_tenth(values: NDArray) -> NDArray:
 def _usual(gradients: NDArray) -> float:
     """The median layer's norm, or the last layer's where that is larger: most layers before it may be dead."""
     last = np.median(_last_tenth(gradients), axis=0)
-    explodes = _exploding(gradients[:, -1].astype(np.float64)) is not None
+    explodes = len(gradients) >= FEWEST and _exploding(gradients[:, -1].astype(np.float64)) is not None
     return float(np.median(last) if explodes else max(np.median(last), last[-1]))
 
 
@@ -122,7 +123,7 @@ def _exploding(norms: NDArray) -> tuple[str, str] | None:
 def _growing(norms: NDArray) -> tuple[str, str] | None:
     now, before = _growth(norms)
     if min(now, before) > GROWING and now >= KEPT_UP * before:
-        words = f"its parameters grow without bound so far: by {now:.0%} over the last doubling of the steps"
+        words = f"its parameters grow, without bound so far: by {now:.0%} over the last doubling of the steps"
         return "growing", f"{words}, by {before:.0%} over the one before"
     return None
 

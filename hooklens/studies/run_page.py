@@ -71,7 +71,7 @@ def run_report(run: Run) -> "Report":
     if state == STOPPED:
         report.text("The run was stopped before its end. What started it goes on from its last saved state.")
     if state == DIVERGED:
-        report.text(f"{RunFolder(run.path).noted_divergence()}.")
+        report.text(f"The run stopped itself: {RunFolder(run.path).noted_divergence()}.")
     if steps is None:
         report.text("No step is recorded yet.")
     else:
