@@ -21,8 +21,8 @@ CRITERIA = (
     f"first tenth of the steps, a gradient norm is above {EXPLODED:g} times the layer's own median over all tenths "
     "before. Growing without bound: over each of the last two doublings of the number of steps (from a quarter of them "
     f"to half, and from half to now) the layer's parameter norm grew by more than {GROWING:.0%}, and over the last by "
-    f"at least {KEPT_UP:.0%} of its growth over the one before; early in a run, before weight decay balances the steps, "
-    f"this is common. Nothing is judged before step {FEWEST}."
+    f"at least {KEPT_UP:.0%} of its growth over the one before; this is common early in a run, before weight "
+    f"decay balances the steps. Nothing is judged before step {FEWEST}."
 )
 TERMS = {
     "layer": "a block of the model, or a part of it outside the blocks",
