@@ -150,11 +150,20 @@ def _columns() -> tuple:
     class Rate(TextColumn):
         def render(self, task):
             speed = task.finished_speed or task.speed
-            self.text_format = "" if speed is None else f"{speed:,.3g} {task.fields['unit']}/s"
+            self.text_format = "" if speed is None else f"{_speed(speed)} {task.fields['unit']}/s"
             return super().render(task)
 
     counted = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     return *counted, TextColumn("{task.fields[note]}"), Rate(""), TimeRemainingColumn()
+
+
+def _speed(speed: float) -> str:
+    """About three digits.
+
+    >>> _speed(0.5), _speed(17.94), _speed(1234.5)
+    ('0.5', '17.9', '1,234')
+    """
+    return f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"
 
 
 def _under_a_cell() -> Any:

@@ -10,24 +10,26 @@ from numpy.typing import NDArray
 from hooklens.results.table import Table
 
 FEWEST = 20  # steps that can be judged
-VANISHED = 1e-3  # of the median layer's gradient norm
+VANISHED = 1e-3  # of the gradient norm that is usual; see `_usual`
 EXPLODED = 100.0  # times a layer's own median before
 GROWING = 0.10  # growth of a norm per doubling of the steps
 KEPT_UP = 0.9  # of the growth over the doubling before
 
 CRITERIA = (
     f"Vanishing: over the last tenth of the steps, the layer's median gradient norm is below {VANISHED:g} of that of "
-    f"the median layer. Exploding: after the first tenth of the steps, a gradient norm is above {EXPLODED:g} times the "
-    "layer's own median over all tenths before. Growing without bound: over the last doubling of the number of steps "
-    f"(from half of them to now) the layer's parameter norm grew by more than {GROWING:.0%}, and by at least "
-    f"{KEPT_UP:.0%} of its growth over the doubling before. Nothing is judged before step {FEWEST}."
+    "the median layer, or of the last layer, which is nearest to the loss, unless it explodes. Exploding: after the "
+    f"first tenth of the steps, a gradient norm is above {EXPLODED:g} times the layer's own median over all tenths "
+    "before. Growing without bound: over each of the last two doublings of the number of steps (from a quarter of them "
+    f"to half, and from half to now) the layer's parameter norm grew by more than {GROWING:.0%}, and over the last by "
+    f"at least {KEPT_UP:.0%} of its growth over the one before; this is common early in a run, before weight "
+    f"decay balances the steps. Nothing is judged before step {FEWEST}."
 )
 TERMS = {
     "layer": "a block of the model, or a part of it outside the blocks",
     "verdict": "by the criteria above",
     "gradient norm": "the length of the loss's gradient in this layer's parameters, median of the last tenth of the "
     "steps",
-    "of the median layer": "this norm divided by that of the median layer",
+    "of the usual": "this norm divided by the larger of those of the median layer and of the last layer",
     "largest": "the largest gradient norm of a step",
     "parameter norm": "the length of all the layer's parameters as one vector, now",
     "growth": "how much longer it became over the last doubling of the number of steps",
@@ -56,11 +58,10 @@ def judge_layers(layers: Sequence[str], gradients: NDArray, parameters: NDArray)
     if len(gradients) < FEWEST:
         return [Judged(layer, "too early", "") for layer in layers]
     last = np.median(_last_tenth(gradients), axis=0)
-    middle = float(np.median(last))
-    judged = []
+    usual, judged = _usual(gradients), []
     for i, layer in enumerate(layers):
         seen = [
-            _vanishing(float(last[i]), middle),
+            _vanishing(float(last[i]), usual),
             _exploding(gradients[:, i].astype(np.float64)),
             _growing(parameters[:, i].astype(np.float64)),
         ]
@@ -73,14 +74,14 @@ def judge_layers(layers: Sequence[str], gradients: NDArray, parameters: NDArray)
 def layer_table(layers: Sequence[str], gradients: NDArray, parameters: NDArray, changes: NDArray) -> Table:
     """The numbers that are judged, a row for each layer."""
     last, largest = np.median(_last_tenth(gradients), axis=0), gradients.max(axis=0)
-    middle = float(np.median(last))
+    usual = _usual(gradients)
     ratio = np.median(changes / np.maximum(parameters, np.finfo(np.float32).tiny), axis=0)
     rows = [
         (
             judged.layer,
             judged.verdict,
             float(last[i]),
-            float(last[i] / middle) if middle > 0 else float("nan"),
+            float(last[i] / usual) if usual > 0 else float("nan"),
             float(largest[i]),
             float(parameters[-1, i]),
             f"{_growth(parameters[:, i].astype(np.float64))[0]:.1%}",
@@ -95,9 +96,16 @@ def _last_tenth(values: NDArray) -> NDArray:
     return values[-max(1, len(values) // 10) :]
 
 
-def _vanishing(norm: float, middle: float) -> tuple[str, str] | None:
-    if middle > 0 and norm < VANISHED * middle:
-        return "vanishing", f"its gradient vanishes: {norm:.3g}, {norm / middle:.2g} of the median layer's {middle:.3g}"
+def _usual(gradients: NDArray) -> float:
+    """The median layer's norm, or the last layer's where that is larger: most layers before it may be dead."""
+    last = np.median(_last_tenth(gradients), axis=0)
+    explodes = len(gradients) >= FEWEST and _exploding(gradients[:, -1].astype(np.float64)) is not None
+    return float(np.median(last) if explodes else max(np.median(last), last[-1]))
+
+
+def _vanishing(norm: float, usual: float) -> tuple[str, str] | None:
+    if usual > 0 and norm < VANISHED * usual:
+        return "vanishing", f"its gradient vanishes: {norm:.3g}, where {usual:.3g} is usual among the layers"
     return None
 
 
@@ -114,8 +122,8 @@ def _exploding(norms: NDArray) -> tuple[str, str] | None:
 
 def _growing(norms: NDArray) -> tuple[str, str] | None:
     now, before = _growth(norms)
-    if now > GROWING and now >= KEPT_UP * before:
-        words = f"its parameters grow without bound so far: by {now:.0%} over the last doubling of the steps"
+    if min(now, before) > GROWING and now >= KEPT_UP * before:
+        words = f"its parameters grow, without bound so far: by {now:.0%} over the last doubling of the steps"
         return "growing", f"{words}, by {before:.0%} over the one before"
     return None
 

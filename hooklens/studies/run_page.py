@@ -16,23 +16,26 @@ from hooklens.results.table import Table
 from hooklens.studies.layer_health import CRITERIA, TERMS, judge_layers, layer_table
 from hooklens.training.recorder import LOSS_EDGES
 from hooklens.training.row_file import Rows
-from hooklens.training.run_drawing import Thinned, loss_figure, rate_figure, rows_so_far
+from hooklens.training.run_drawing import Thinned, loss_figure, loss_unit, rate_figure, rows_so_far
 from hooklens.training.run_folder import RunFolder
 from hooklens.training.training_run import Checkpoint, Run
 
 if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
     from hooklens.viz.report import Report
 
-RUNNING, FINISHED, STOPPED = "running", "finished", "stopped"
+RUNNING, FINISHED, STOPPED, DIVERGED = "running", "finished", "stopped", "diverged"
 _FRAMES = 30  # positions of a slider
-_HEADS = 6  # heads whose attention is shown
+_HEADS, _PROMPTS, _TOKENS = 6, 4, 64  # of the snapshots are shown, as a page of all of them may not open
 _RECENT = 100  # steps of the training loss in large type
 _HEALTHY = "No layer's gradient vanishes or explodes, and no layer's parameters grow without bound."
 _EVERY = 3.0  # seconds between two pages of a run under way
+_REST = 3.0  # seconds between two pages, for each second of work on one
 
 
 def run_state(run: Run) -> str:
-    """Is a run running, finished, or stopped before its end?"""
+    """Is a run running, finished, stopped before its end, or did it diverge?"""
     steps, evaluations = rows_so_far(run.path)
     complete = steps is not None and int(steps.steps[-1]) + 1 >= run.identity["steps"]
     patience = run.identity["settings"].get("patience")
@@ -42,6 +45,8 @@ def run_state(run: Run) -> str:
     written = RunFolder(run.path).is_being_written()
     if written or (written is None and not complete):
         return RUNNING
+    if RunFolder(run.path).noted_divergence() is not None:
+        return DIVERGED
     return FINISHED if complete else STOPPED
 
 
@@ -63,14 +68,18 @@ def run_report(run: Run) -> "Report":
     if learnt := run.identity.get("to_learn"):
         report.text(f"To learn: {learnt.rstrip('.')}.")
     report.numbers(_headline(run, state, steps, evaluations))
+    if state == STOPPED:
+        report.text("The run was stopped before its end. What started it goes on from its last saved state.")
+    if state == DIVERGED:
+        report.text(f"The run stopped itself: {RunFolder(run.path).noted_divergence()}.")
     if steps is None:
         report.text("No step is recorded yet.")
     else:
-        _losses(report, steps, evaluations)
+        _losses(report, loss_figure(steps, evaluations, loss_unit(run.identity)))
         _layers(report, run.layers, steps)
         _rate(report, run, steps)
     if evaluations is not None:
-        _token_losses(report, evaluations)
+        _token_losses(report, evaluations, loss_unit(run.identity))
     if evaluations is not None and run.identity["settings"].get("snapshots") and run.checkpoints():
         snapshots = run.snapshots()
         _snapshots(report, snapshots, _tokenizer_of(run.checkpoints()[0]))
@@ -83,13 +92,17 @@ def watch_run(
 ) -> str:
     """Write the page every few seconds until the run ends; the page reloads itself. Returns how the run ended.
 
-    The last page does not reload itself, also if this is interrupted.
+    A page that takes long to draw is written less often, so that most of the machine is left to the run. The last page
+    does not reload itself, also if this is interrupted.
     """
     real("every", every, 0.1)
+    pause = every
     try:
         while (state := run_state(run)) == RUNNING:
-            run_report(run).save(out, reload=every)
-            wait(every)
+            began = time.process_time()
+            run_report(run).save(out, reload=pause)
+            pause = max(every, _REST * (time.process_time() - began))
+            wait(pause)
     except KeyboardInterrupt:
         run_report(run).save(out)
         raise
@@ -106,10 +119,10 @@ def _headline(run: Run, state: str, steps: Rows | None, evaluations: Rows | None
         best = int(np.nanargmin(losses)) if np.isfinite(losses).any() else 0
         shown["held-out loss"] = float(losses[-1])
         shown["lowest held-out loss"] = float(losses[best])
-        shown["after step"] = f"{int(evaluations.steps[best]):,}"
+        shown["lowest after step"] = f"{int(evaluations.steps[best]):,}"
     if steps is not None:
         shown[f"training loss, last {min(_RECENT, done)} steps"] = float(steps["loss"][-_RECENT:].mean())
-        shown["time in steps"] = _duration(float(steps["seconds"].sum()))
+        shown["time in training steps"] = _duration(float(steps["seconds"].sum()))
         if state == RUNNING:
             shown["time left"] = _duration(float(np.median(steps["seconds"][-_RECENT:])) * (planned - done))
     return shown
@@ -127,9 +140,9 @@ def _duration(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def _losses(report: "Report", steps: Rows, evaluations: Rows | None) -> None:
+def _losses(report: "Report", figure: "Figure") -> None:
     report.figure(
-        loss_figure(steps, evaluations),
+        figure,
         "The loss is the mean over all predicted targets; for tokens it is the cross-entropy in nats: minus the "
         "natural logarithm of the probability that the model gave to the token. Training: the batch of each step. Held "
         "out: data that no step trains on. Both axes are logarithmic: a power law is a straight line. Of long runs, "
@@ -147,9 +160,7 @@ def _layers(report: "Report", layers: Sequence[str], steps: Rows) -> None:
     sentences = [layer.sentence for layer in judged if layer.sentence]
     if all(layer.verdict == "too early" for layer in judged):
         sentences = ["It is too early to judge the layers."]
-    for sentence in sentences or [
-        "No layer's gradient vanishes or explodes, and no layer's parameters grow without bound."
-    ]:
+    for sentence in sentences or [_HEALTHY]:
         report.text(sentence)
     report.text(CRITERIA)
     report.table(layer_table(layers, gradients, parameters, changes), "The layers from input to output.", TERMS)
@@ -163,7 +174,8 @@ def _layers(report: "Report", layers: Sequence[str], steps: Rows) -> None:
         ),
         "Parameter norms by layer": (
             thin.means(parameters),
-            "The length of each layer's parameters as one vector. It settles where weight decay balances the steps.",
+            "The length of each layer's parameters as one vector. It settles where weight decay balances the steps, or "
+            "where the learning rate comes near 0.",
         ),
         "Update ratios by layer": (
             thin.means(ratios),
@@ -197,7 +209,7 @@ def _fields(part: Any) -> str:
     return f"{part.get('part', '')} ({values})" if values else str(part.get("part", ""))
 
 
-def _token_losses(report: "Report", evaluations: Rows) -> None:
+def _token_losses(report: "Report", evaluations: Rows, unit: str) -> None:
     """The histogram of the losses of all held-out targets, and the mean loss at each position."""
     from hooklens.viz.curves import lines
     from hooklens.viz.histograms import histogram
@@ -205,7 +217,7 @@ def _token_losses(report: "Report", evaluations: Rows) -> None:
 
     ratio = LOSS_EDGES[1] / LOSS_EDGES[0]
     edges = torch.from_numpy(np.concatenate([[LOSS_EDGES[0] / ratio], LOSS_EDGES, [LOSS_EDGES[-1] * ratio]]))
-    titles = {"title": "Token losses", "x_title": "loss of a held-out target", "y_title": "targets"}
+    titles = {"title": "Token losses", "x_title": f"loss of a held-out target{unit}", "y_title": "targets"}
     frames = {
         f"{int(evaluations.steps[i]):,}": histogram(
             torch.from_numpy(evaluations["histogram"][i].astype(np.float64)), edges, **titles, log="x"
@@ -214,15 +226,16 @@ def _token_losses(report: "Report", evaluations: Rows) -> None:
     }
     report.heading("Held-out data").figure(
         slider(frames, title="after step"),
-        "How many held-out targets have which loss. The mean hides this: a model learns easy tokens first (left) and "
-        "may stay surprised by a few (right). The first and last bin also hold everything below and above. The slider "
-        "chooses the evaluation.",
+        "How many held-out targets have which loss, which the mean hides: targets that the model predicts are on the "
+        "left, those that surprise it on the right. The first and last bin also hold everything below and above. The "
+        "slider chooses the evaluation.",
     )
     by_position = torch.from_numpy(evaluations["by_position"].astype(np.float64))
     chosen = {f"after step {int(evaluations.steps[i]):,}": by_position[i] for i in _spread(len(by_position), 4)}
     report.figure(
-        lines(chosen, title="Loss by position", x_title="position in the row", y_title="mean loss"),
-        "The mean held-out loss at each position. Where it falls from left to right, the model uses the context.",
+        lines(chosen, title="Loss by position", x_title="position in the row", y_title=f"mean loss{unit}"),
+        "The mean held-out loss at each position. Where rows begin anywhere in a text, no position is easier by "
+        "itself: a loss that falls from left to right then means that the model uses the context.",
     )
 
 
@@ -237,30 +250,56 @@ def _spread(n: int, most: int = _FRAMES) -> list[int]:
 
 def _snapshots(report: "Report", snapshots: Any, tokenizer: Any = None) -> None:
     """What the heads attend to on fixed prompts, over the run; nothing if no pattern was kept."""
-    from hooklens.viz.head_drawing import attention_heads
     from hooklens.viz.sliders import slider
 
-    heads = {} if snapshots is None or not len(snapshots.steps) else _heads(snapshots)
-    if not heads:
+    patterns = {} if snapshots is None or not len(snapshots.steps) else _patterns(snapshots)
+    if not patterns:
         return
+    heads = _most_changed(patterns)
+    caption = (
+        "Where each head attends: query down, key across; a row is how the query's attention is shared out. L1H0 is "
+        "head 0 of layer 1. "
+    )
+    if len(heads) < len(patterns):
+        caption += f"Of the {len(patterns)} heads in the snapshots, the {len(heads)} whose patterns changed most from "
+        caption += "the first to the last are shown. "
     report.heading("Attention on fixed prompts")
-    for number, prompt in enumerate(snapshots.prompts):
-        str_tokens = [str(token) if tokenizer is None else tokenizer.to_string([token]) for token in prompt]
-        frames = {}
-        for i in _spread(len(snapshots.steps)):
-            patterns = torch.from_numpy(np.stack([pattern[i, number] for pattern in heads.values()]))
-            figure = attention_heads(patterns, str_tokens, list(heads), title=f"Prompt {number + 1}")
-            frames[f"{int(snapshots.steps[i]):,}"] = figure
-        report.figure(
-            slider(frames, title="after step"),
-            "Where each head attends: query down, key across; a row is how the query's attention is shared out. L1H0 "
-            f"is head 0 of layer 1. Of all heads in the snapshots, the {len(heads)} whose patterns changed most from "
-            "the first to the last are shown. The slider chooses the step.",
-        )
+    for number, prompt in enumerate(snapshots.prompts[:_PROMPTS]):
+        cut = f"Of {len(prompt)} tokens, the first {_TOKENS} are shown. " if len(prompt) > _TOKENS else ""
+        str_tokens = [_shown_token(token, tokenizer) for token in prompt[:_TOKENS]]
+        of_prompt = {head: pattern[:, number, :_TOKENS, :_TOKENS] for head, pattern in heads.items()}
+        frames = _attention_frames(snapshots.steps, of_prompt, str_tokens, title=f"Prompt {number + 1}")
+        report.figure(slider(frames, title="after step"), f"{caption}{cut}The slider chooses the step.")
 
 
-def _heads(snapshots: Any) -> dict[str, np.ndarray]:
-    """The patterns `step prompt query_pos key_pos` of the heads that changed most, in the model's order."""
+def _attention_frames(
+    steps: np.ndarray, patterns: dict[str, np.ndarray], str_tokens: list[str], *, title: str
+) -> dict[str, "Figure"]:
+    """A figure of all heads for each of at most 30 steps; those before the last hold nothing but their numbers."""
+    from plotly.graph_objects import Figure, Heatmap
+
+    from hooklens.viz.head_drawing import attention_heads
+
+    shown = _spread(len(steps))
+    frames = {}
+    for i in shown[:-1]:
+        maps = [pattern[i] for pattern in patterns.values()]
+        colours = {"cmin": min(0.0, *(float(z.min()) for z in maps)), "cmax": max(float(z.max()) for z in maps)}
+        frames[f"{int(steps[i]):,}"] = Figure([Heatmap(z=z) for z in maps], layout={"coloraxis": colours})
+    last = torch.from_numpy(np.stack([pattern[shown[-1]] for pattern in patterns.values()]))
+    frames[f"{int(steps[shown[-1]]):,}"] = attention_heads(last, str_tokens, list(patterns), title=title)
+    return frames
+
+
+def _shown_token(token: Any, tokenizer: Any) -> str:
+    """A token as text if there is a tokenizer; an input that is a vector has no name."""
+    if not isinstance(token, int):
+        return "·"
+    return str(token) if tokenizer is None else tokenizer.to_string([token])
+
+
+def _patterns(snapshots: Any) -> dict[str, np.ndarray]:
+    """The patterns `step prompt query_pos key_pos` of all heads in the snapshots, in the model's order."""
     patterns: dict[str, np.ndarray] = {}
     for name in snapshots.names:
         point, _, head = name.partition(" ")  # a name is that of a point, or ends with the head that was kept
@@ -271,6 +310,11 @@ def _heads(snapshots: Any) -> dict[str, np.ndarray]:
             patterns[head] = values
         else:
             patterns |= {f"L{layer}H{i}": values[:, :, i] for i in range(values.shape[2])}
+    return patterns
+
+
+def _most_changed(patterns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The heads that changed most, in the same order."""
     moved = {head: float(np.abs(pattern[-1] - pattern[0]).sum()) for head, pattern in patterns.items()}
     furthest = set(sorted(moved, key=lambda head: -moved[head])[:_HEADS])
     return {head: pattern for head, pattern in patterns.items() if head in furthest}
@@ -306,11 +350,11 @@ def _checkpoints(report: "Report", run: Run) -> "Report":
     report.heading("Checkpoints")
     if not kept:
         return report.text("No checkpoint was kept yet.")
-    report.text(
-        "A checkpoint is the model as it was after so many steps, ready for every method. In Python:\n"
-        f'    run = hl.open_run("{run.path}")\n'
-        "    model = run.checkpoints()[-1].load()        # the last; [0] is the untrained model\n"
-        f'    model = hl.load("{kept[-1].path}")'
+    report.text("A checkpoint is the model as it was after so many steps, ready for every method. In Python:")
+    report.code(
+        f"run = hl.open_run({str(run.path)!r})\n"
+        "model = run.checkpoints()[-1].load()    # the last; [0] is the untrained model\n"
+        f"model = hl.load({str(kept[-1].path)!r})"
     )
     rows = [(f"{checkpoint.step:,}", checkpoint.path.name) for checkpoint in kept]
     return report.table(Table(("after step", "file"), rows), "In the run's folder, in checkpoints/.")

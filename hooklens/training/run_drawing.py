@@ -1,8 +1,8 @@
 """Pictures of a run: its losses and its learning rate against steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,11 +13,13 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.training.recorder import EVALUATIONS, STEPS, recorded_evaluations, recorded_steps
 from hooklens.training.row_file import Rows
+from hooklens.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 _POINTS = 400  # of a line: more are not seen, and a page of a long run would grow without bound
+_UNITS = {"cross_entropy": " (nats)", "stablemax": " (nats)"}
 
 
 def rows_so_far(folder: Path) -> tuple[Rows | None, Rows | None]:
@@ -60,7 +62,16 @@ class Thinned:
         return torch.from_numpy(np.maximum.reduceat(values.astype(np.float64), self.starts, axis=0))
 
 
-def loss_figure(steps: Rows, evaluations: Rows | None) -> "Figure":
+def loss_unit(identity: Mapping[str, Any]) -> str:
+    """The unit of a run's loss as a title has it; that of a loss which is not ours is unknown.
+
+    >>> loss_unit({"settings": {"loss": {"part": "cross_entropy"}}}), loss_unit({"settings": {}})
+    (' (nats)', '')
+    """
+    return _UNITS.get(identity["settings"].get("loss", {}).get("part"), "")
+
+
+def loss_figure(steps: Rows, evaluations: Rows | None, unit: str = "") -> "Figure":
     """Training and held-out loss against steps, on logarithmic axes; the untrained model's loss is a dashed line."""
     from hooklens.viz.curves import lines
 
@@ -71,7 +82,7 @@ def loss_figure(steps: Rows, evaluations: Rows | None) -> "Figure":
         values["held out"] = torch.from_numpy(evaluations["loss"][after].astype(np.float64))
         at["held out"] = torch.from_numpy(evaluations.steps[after].astype(np.float64))
         marks = dict.fromkeys(["held out, untrained"][: int((~after).sum())], float(evaluations["loss"][0]))
-    return lines(values, at, title="Loss", x_title="step", y_title="loss per target", marks=marks, log="xy")
+    return lines(values, at, title="Loss", x_title="step", y_title=f"loss per target{unit}", marks=marks, log="xy")
 
 
 def rate_figure(steps: Rows) -> "Figure":
@@ -91,4 +102,5 @@ def draw_run(folder: Path) -> "Figure":
     steps, evaluations = rows_so_far(folder)
     if steps is None:
         raise InputError(f"the run in {str(folder)!r} has no recorded step to draw yet; wait for its first steps")
-    return panels([loss_figure(steps, evaluations), rate_figure(steps)])
+    unit = loss_unit(RunFolder(folder).identity())
+    return panels([loss_figure(steps, evaluations, unit), rate_figure(steps)])

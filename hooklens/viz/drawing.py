@@ -56,9 +56,9 @@ def log_axes(figure: go.Figure, log: str) -> go.Figure:
     """Make the axes that `log` names ("x", "y" or "xy") logarithmic."""
     if not set(log) <= {"x", "y"}:
         raise InputError(f'log names the logarithmic axes: "", "x", "y" or "xy"; got {log!r:.80}')
-    look = {"type": "log", "exponentformat": "power"}
-    figure.update_xaxes(look if "x" in log else {})
-    return figure.update_yaxes(look if "y" in log else {})
+    look = {"type": "log", "tickfont": {"size": 12.5}}  # Plotly writes the digits between two powers 25 % smaller
+    figure.update_xaxes(look | {"exponentformat": "none", "separatethousands": True} if "x" in log else {})
+    return figure.update_yaxes(look | {"exponentformat": "power"} if "y" in log else {})
 
 
 def above_zero(array: np.ndarray, *, needed: bool) -> np.ndarray:

@@ -10,7 +10,6 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from hooklens.core.errors import InputError
-from hooklens.results.table import format_number
 from hooklens.viz.drawing import colour_bar
 from hooklens.viz.inputs import as_array, as_labels, ticks
 from hooklens.viz.text import label, token_labels
@@ -83,10 +82,11 @@ def _colours(array: np.ndarray) -> dict:
 
 def _map(pattern: np.ndarray, tokens: list[str], name: str) -> go.Heatmap:
     boxes = []
-    for i, line in enumerate(pattern, len(tokens) - len(pattern)):  # the queries are the last tokens
-        query, cells = f"{name}<br>from {tokens[i]} ({i})", enumerate(zip(tokens, map(float, line), strict=True))
-        boxes.append([f"{query}<br>to {key} ({j})<br><b>{format_number(a)}</b>" for j, (key, a) in cells])
-    return go.Heatmap(z=pattern, coloraxis="coloraxis", text=boxes, hoverinfo="text")
+    for i in range(len(tokens) - len(pattern), len(tokens)):  # the queries are the last tokens
+        boxes.append([f"{name}<br>from {tokens[i]} ({i})<br>to {key} ({j})" for j, key in enumerate(tokens)])
+    # The words of a box are the same on all places of a slider, which then keep the numbers alone.
+    box = "%{text}<br><b>%{z:.4~g}</b><extra></extra>"
+    return go.Heatmap(z=pattern.astype(np.float32), coloraxis="coloraxis", text=boxes, hovertemplate=box)
 
 
 def _axes(figure: go.Figure, tokens: list[str], queries: int, place: dict, has_below: bool) -> None:

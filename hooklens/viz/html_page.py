@@ -32,6 +32,10 @@ th, td { padding: .38rem 1.5rem .38rem 0; white-space: pre-wrap; vertical-align:
 td { border-bottom: 1px solid color-mix(in srgb, var(--line) 55%, transparent); max-width: 32rem;
   overflow-wrap: break-word; }
 tr:last-child td { border-bottom: 0; }
+pre { font-size: .8125rem; line-height: 1.5; margin: 0 0 1.25rem; padding: .7rem 1rem; overflow-x: auto;
+  background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.slider-container { outline: none; }
+.slider-container:focus-visible .slider-grip-rect { stroke: var(--accent) !important; stroke-width: 3px !important; }
 .number { text-align: right; white-space: nowrap; }
 th { vertical-align: bottom; }
 th.number { white-space: pre-wrap; }
@@ -77,27 +81,73 @@ function dressed(layout) {
 const stored = "hooklens " + location.pathname;
 let kept = {};  // what the reader had set before the page reloaded itself
 try { kept = JSON.parse(sessionStorage.getItem(stored)) || {}; sessionStorage.removeItem(stored); } catch (error) {}
+function sliderOf(place) { return ((place.layout || {}).sliders || [])[0]; }
+const zoomed = kept.zoomed || {};  // of each figure, the axes that the reader chose a range for
+function nearest(labels, label) {  // of a long run, not every step has a place on every page
+  const number = (text) => Number(text.replaceAll(",", ""));
+  const distances = labels.map((other) => other === label ? 0 : Math.abs(number(other) - number(label)) || Infinity);
+  return distances.indexOf(Math.min(...distances));
+}
 function asBefore(figure, id) {
-  const slider = (figure.layout.sliders || [])[0];
-  const at = slider ? slider.steps.findIndex((step) => step.label === (kept.sliders || {})[id]) : -1;
-  if (at >= 0) {
+  const slider = (figure.layout.sliders || [])[0], label = (kept.sliders || {})[id];
+  if (slider && label !== undefined) {
+    const at = nearest(slider.steps.map((step) => step.label), label);
     slider.active = at;
-    figure.data = figure.frames[at].data;
+    figure.data = figure.data.map((trace, i) => ({...trace, ...figure.frames[at].data[i]}));
   }
+  for (const [axis, range] of Object.entries(zoomed[id] || {})) {
+    figure.layout[axis] = {...figure.layout[axis], range, autorange: false};
+  }
+}
+function noteZoom(place, changes) {
+  for (const name of Object.keys(changes)) {
+    const [, axis, what] = name.match(/^([xy]axis\\d*)\\.(range|autorange)/) || [];
+    if (what === "range") (zoomed[place.id] ||= {})[axis] = place.layout[axis].range;
+    if (what === "autorange") delete (zoomed[place.id] || {})[axis];
+  }
+}
+function tellSlider(place) {  // the keyboard and screen readers see it as an HTML slider
+  const knob = place.querySelector(".slider-container"), slider = sliderOf(place);
+  if (!knob || !slider) return;
+  const text = (slider.currentvalue.prefix || "") + slider.steps[slider.active].label;
+  const says = {tabindex: 0, role: "slider", "aria-label": place.getAttribute("aria-label"), "aria-valuetext": text,
+    "aria-valuemin": 0, "aria-valuemax": slider.steps.length - 1, "aria-valuenow": slider.active};
+  for (const [name, value] of Object.entries(says)) knob.setAttribute(name, value);
+}
+const moves = {ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: 5, PageDown: -5,
+  Home: -Infinity, End: Infinity};
+document.addEventListener("keydown", (event) => {
+  const knob = event.target.closest(".slider-container"), move = moves[event.key];
+  if (!knob || !move || event.altKey || event.ctrlKey || event.metaKey) return;
+  event.preventDefault();
+  const place = knob.closest(".plot"), slider = sliderOf(place);
+  const at = Math.min(Math.max(slider.active + move, 0), slider.steps.length - 1);
+  Plotly.animate(place, ...slider.steps[at].args).then(() => tellSlider(place));
+});
+async function drawIn(place) {
+  const figure = JSON.parse(document.getElementById(place.id + "-data").textContent);
+  // the buttons are named, because Plotly's own set has one that offers to send the figure to a server
+  const buttons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]];
+  const config = {responsive: true, displaylogo: false, typesetMath: false, modeBarButtons: buttons};
+  asBefore(figure, place.id);
+  const first = !place.data;
+  await Plotly.react(place, {data: figure.data, layout: dressed(figure.layout), config, frames: figure.frames});
+  tellSlider(place);
+  if (!first) return;
+  place.on("plotly_sliderchange", () => tellSlider(place));
+  place.on("plotly_relayout", (changes) => noteZoom(place, changes));
 }
 function draw(within) {
-  for (const place of within.querySelectorAll(".plot")) {
-    if (place.closest("details:not([open])")) continue;  // has no width yet
-    const figure = JSON.parse(document.getElementById(place.id + "-data").textContent);
-    // the buttons are named, because Plotly's own set has one that offers to send the figure to a server
-    const buttons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]];
-    const config = {responsive: true, displaylogo: false, typesetMath: false, modeBarButtons: buttons};
-    asBefore(figure, place.id);
-    Plotly.react(place, {data: figure.data, layout: dressed(figure.layout), config, frames: figure.frames});
-  }
+  const places = [...within.querySelectorAll(".plot")];
+  const drawn = places.filter((place) => !place.closest("details:not([open])"));  // the others have no width yet
+  return Promise.all(drawn.map(drawIn));
 }
 document.querySelectorAll("details").forEach((fold, i) => { fold.open = (kept.folds || [])[i] || fold.open; });
-draw(document);
+draw(document).then(() => {
+  const focused = kept.focused && document.querySelector("#" + kept.focused + " .slider-container");
+  if (focused) focused.focus({preventScroll: true});
+  document.querySelectorAll(".wide").forEach((wide, i) => { wide.scrollLeft = (kept.wides || [])[i] || 0; });
+});
 if (kept.scroll) scrollTo(0, kept.scroll);
 dark.addEventListener("change", () => draw(document));
 document.addEventListener("toggle", (event) => draw(event.target), true);  // a fold was opened
@@ -110,11 +160,13 @@ setInterval(() => {
   if (document.hidden || document.querySelector("body :active")) return;  // nobody looks, or the mouse holds something
   const sliders = {};
   for (const place of document.querySelectorAll(".plot")) {
-    const slider = ((place.layout || {}).sliders || [])[0];
+    const slider = sliderOf(place);
     if (slider && slider.active < slider.steps.length - 1) sliders[place.id] = slider.steps[slider.active].label;
   }
   const folds = [...document.querySelectorAll("details")].map((fold) => fold.open);
-  const now = JSON.stringify({sliders, folds, scroll: scrollY});
+  const wides = [...document.querySelectorAll(".wide")].map((wide) => wide.scrollLeft);
+  const focused = (document.activeElement.closest(".plot") || {}).id;
+  const now = JSON.stringify({sliders, folds, wides, focused, zoomed, scroll: scrollY});
   try { sessionStorage.setItem("hooklens " + location.pathname, now); } catch (error) {}
   location.reload();
 }, 1000 * %g);

@@ -61,6 +61,14 @@ class Report:
         """Add a paragraph of plain text."""
         return self._add(f"<p>{escape(paragraph)}</p>")
 
+    def code(self, lines: str) -> "Report":
+        """Add lines of code, each as it is.
+
+        >>> "<pre>a &lt; b</pre>" in Report("x").code("a < b").to_html()
+        True
+        """
+        return self._add(f"<pre>{escape(lines)}</pre>")
+
     def numbers(self, numbers: Mapping[str, Any]) -> "Report":
         """Add a few named numbers (or words) in large type."""
         self._numbers |= {str(name): plain(value) for name, value in numbers.items()}
@@ -100,7 +108,8 @@ class Report:
             figure.update_layout(title_text=None, margin_t=None if margin is None else max(36, margin - 40))
         heading = f"<h3>{escape(_words(title))}</h3>" if title else ""
         height = f"{int(figure.layout.height or 450)}px"
-        place = f'<div class="plot" id="figure-{len(self._figures)}" style="height:{height}"></div>'
+        said = f'role="figure" aria-label="{escape(_words(title) if title else caption or "figure")}"'
+        place = f'<div class="plot" id="figure-{len(self._figures)}" {said} style="height:{height}"></div>'
         self._figures.append(figure.to_json())
         return self._card(f'{heading}<div class="wide">{place}</div>', caption)
 

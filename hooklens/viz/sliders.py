@@ -1,6 +1,7 @@
 """A slider: several figures in one place, of which one is shown."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -22,7 +23,8 @@ def slider(figures: Mapping[str, go.Figure], *, title: str = "step") -> go.Figur
     >>> [frame.name for frame in moving.frames], moving.layout.sliders[0].active
     (['1', '10'], 1)
 
-    The figures have the same traces, labels and sizes. Colours and axes span the values of all of them.
+    The figures have the same traces, labels and sizes; all but the last may leave out what does not change. Colours
+    and axes span the values of all of them.
     """
     drawn = [go.Figure(figure) for figure in figures.values()]
     kinds = [[trace.type for trace in figure.data] for figure in drawn]
@@ -37,7 +39,7 @@ def slider(figures: Mapping[str, go.Figure], *, title: str = "step") -> go.Figur
     for axis, letter in ((figure.layout.xaxis, "x"), (figure.layout.yaxis, "y")):
         if set(kinds[0]) == {"scatter"}:
             axis.range = _range([trace[letter] for other in drawn for trace in other.data], axis.type == "log")
-    figure.frames = [go.Frame(name=name, data=other.data) for name, other in zip(names, drawn, strict=True)]
+    figure.frames = [go.Frame(name=name, data=data) for name, data in zip(names, _changing(drawn), strict=True)]
     at_once = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
     bottom = (figure.layout.margin.b or 48) + _BELOW
     look = {"len": 1.0, "x": 0, "y": 0, "yanchor": "top", "pad": {"t": bottom - _BELOW + 12, "b": 8}}
@@ -55,6 +57,27 @@ def slider(figures: Mapping[str, go.Figure], *, title: str = "step") -> go.Figur
         margin_b=bottom,
     )
     return figure
+
+
+def _changing(figures: list[go.Figure]) -> list[list[dict[str, Any]]]:
+    """Of each figure's traces, what differs between the figures: the rest is kept once, in the figure itself."""
+    drawn = [[trace.to_plotly_json() for trace in figure.data] for figure in figures]
+    varying: list[set[str]] = [set() for _ in drawn[-1]]
+    for traces in drawn:
+        for names, trace, last in zip(varying, traces, drawn[-1], strict=True):
+            names |= {name for name, value in trace.items() if not _same(value, last.get(name))}
+    return [
+        [{name: trace[name] for name in trace if name in varying[i] | {"type"}} for i, trace in enumerate(traces)]
+        for traces in drawn
+    ]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()  # NaN equals itself here
+    return type(a) is type(b) and bool(a == b)
 
 
 def _share_colours(figures: list[go.Figure]) -> None:

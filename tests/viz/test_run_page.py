@@ -14,6 +14,7 @@ from hooklens.data.markov_chains import markov_source
 from hooklens.studies.layer_health import CRITERIA, judge_layers
 from hooklens.studies.run_page import _snapshots, run_report, run_state, watch_run
 from hooklens.testing import tiny_model
+from hooklens.training.divergence import Diverged
 from hooklens.training.loop import train
 from hooklens.training.run_drawing import Thinned
 from hooklens.training.run_folder import RunFolder
@@ -66,6 +67,19 @@ def test_layers_are_judged_by_the_stated_criteria(gradient, parameter, verdict):
     assert judged.verdict == verdict
     assert bool(judged.sentence) == (verdict != "healthy")
     assert judged.sentence.count("blocks.1:") == (0 if verdict == "healthy" else verdict.count(",") + 1)
+
+
+def test_layers_without_any_gradient_were_healthy_where_they_were_the_majority():
+    norms = np.stack([STEADY, *[0 * STEADY] * 6, STEADY], 1)  # as of a model whose six blocks are dead
+    judged = judge_layers([f"layer {i}" for i in range(8)], norms, np.ones_like(norms))
+    assert [layer.verdict for layer in judged] == ["healthy", *["vanishing"] * 6, "healthy"]
+
+
+def test_one_jump_of_the_parameters_was_growth_without_bound():
+    jump = np.where(STEPS > 120, 70.0, 1.0)
+    assert verdicts(parameter=jump).verdict == "healthy"
+    late = np.where(STEPS > 100, STEPS / 100, 1.0)  # as after a warm-up: one doubling is not yet a trend
+    assert verdicts(parameter=late).verdict == "healthy"
 
 
 def test_an_explosion_is_told_with_its_step():
@@ -134,6 +148,23 @@ def test_the_page_shows_everything_and_works_in_a_browser(run, tmp_path):
     assert "Attention on fixed prompts" not in text
 
 
+def test_a_diverged_run_was_only_stopped(tmp_path):
+    settings = hl.training.Settings(optimizer={"part": "sgd", "lr": 1e9}, schedule="constant")
+    with pytest.raises(Diverged):
+        train(tiny_model(d_vocab=5), markov_source(5, window=8), steps=24, out=tmp_path / "run", settings=settings)
+    run = hl.open_run(tmp_path / "run")
+    page = run_report(run).to_html()
+    assert run_state(run) == "diverged" and "<dd>diverged</dd>" in page
+    assert "training diverged: the " in page and "The last checkpoint before it: " in page
+
+
+def test_the_unit_of_the_loss_was_not_on_its_axis(run):
+    titles = [figure.layout.yaxis.title.text for figure in (run.figure(),)]
+    assert titles == ["loss per target (nats)"]
+    page = run_report(run).to_html()
+    assert "loss of a held-out target (nats)" in page and "mean loss (nats)" in page
+
+
 def test_the_token_losses_have_a_place_on_the_slider_for_each_evaluation(run):
     page = run_report(run).to_html()
     assert page.count('"method":"animate"') == 5
@@ -157,10 +188,25 @@ def test_snapshots_show_the_heads_that_changed_most_over_a_slider():
     _snapshots(report, Fake(), SimpleNamespace(to_string=lambda ids: "<i>" * ids[0]))
     page = report.to_html()
     assert page.count('class="plot"') == 2 and page.count('"method":"animate"') == 8
-    assert "L1H7" in page and "the 6 whose patterns changed most" in page and "<i><i>" not in page
+    assert "L1H7" in page and "Of the 9 heads in the snapshots, the 6 whose patterns changed most" in page
+    assert "<i><i>" not in page
     empty = Report("x")
     _snapshots(empty, SimpleNamespace(steps=np.array([]), names=[]))
     assert empty.to_html() == Report("x").to_html()
+
+
+def test_snapshots_of_long_prompts_made_a_page_too_large_to_open():
+    class Long(SimpleNamespace):
+        def __getitem__(self, name):
+            return np.random.default_rng(0).random((2, 5, 100, 100)).astype(np.float32)
+
+    long = Long(steps=np.arange(2), prompts=[list(range(100))] * 5, names=[Fake.names[1]])
+    report = Report("x")
+    _snapshots(report, long)
+    page = report.to_html()
+    assert page.count('class="plot"') == 4 and page.count("Of 100 tokens, the first 64 are shown.") == 4
+    assert "whose patterns changed most" not in page  # the only head is shown
+    assert len(page) - len(Report("x").figure(hl.viz.lines({"a": torch.ones(2)})).to_html()) < 2**21
 
 
 def test_a_watched_page_reloads_itself_until_the_run_ends(tmp_path):
