@@ -3,8 +3,10 @@
 import inspect
 import math
 import os
+import random
 from collections.abc import Iterable, Mapping
 from functools import partial
+from hashlib import blake2b
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -83,9 +85,24 @@ def seeded(seed: int, nth: int = 0, *, stride: int = 1) -> torch.Generator:
 
     >>> torch.rand(1, generator=seeded(0)) == torch.rand(1, generator=torch.Generator().manual_seed(0))
     tensor([True])
+
+    Numbers from 0 to 2**32 - 1 are torch's seeds. Others are hashed into this range, because torch's generator on the
+    CPU reads only the last 32 bits: 0 and 2**32 would draw the same.
     """
     number = seed_number(seed) * stride + nth
-    return torch.Generator().manual_seed(number if number in _SEEDS else number % 2**64)
+    if not 0 <= number < 2**32:
+        number = int.from_bytes(blake2b(str(number).encode(), digest_size=4).digest(), "big")
+    return torch.Generator().manual_seed(number)
+
+
+def python_draws(seed: int) -> random.Random:
+    """Return a new generator of Python's. `random.Random` alone gives a seed and its negative the same numbers.
+
+    >>> python_draws(3).random() == random.Random(3).random(), python_draws(-3).random() == random.Random(3).random()
+    (True, False)
+    """
+    number = seed_number(seed)
+    return random.Random(number if number >= 0 else str(number))
 
 
 def path_of(value: Any, name: str = "path") -> Path:

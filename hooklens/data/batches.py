@@ -74,8 +74,8 @@ def epoch_rows(step: int, size: int, n: int, seed: int) -> Int[Tensor, "row"]:
     return torch.cat([order[part] for order, part in zip(orders, parts, strict=True)])
 
 
-def drawn_for(seed: int, nth: int) -> torch.Generator:
-    """The generator of the nth draw of a task: other seeds give other draws at every nth.
+def drawn_for(seed: int, nth: int | str) -> torch.Generator:
+    """The generator of the nth draw of a task: other seeds give other draws at every nth, a number or a text.
 
     Seed and number are hashed together, because torch's generator on the CPU reads only the last 32 bits of a seed.
     """

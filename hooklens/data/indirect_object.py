@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hooklens.core.arguments import python_draws
 from hooklens.core.errors import ArgumentError, InputError
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.model.transformer import HookedTransformer
@@ -61,7 +62,7 @@ def ioi(model_or_tokenizer: HookedTransformer | Tokenizer, n: int = 64, *, seed:
         raise InputError("prompt pairs are made of words, and this model has no tokenizer; load it with tokenizer=")
     check_n_pairs(n)
     names = _single_token_names(tokenizer)
-    draw = random.Random(seed)
+    draw = python_draws(seed)
     couples, frames = _couples(names, n // 4, draw), _frames(tokenizer, names, n // 4, draw)
     rows = [row for couple, frame in zip(couples, frames, strict=True) for row in _four(couple, *frame)]
     return _pairs(tokenizer, rows)

@@ -1,13 +1,12 @@
 """Gendered pronouns: "So Mary is a really great friend, isn't" is followed by " she"."""
 
-import random
 from collections import Counter
 from itertools import product
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
 
-from hooklens.core.arguments import seed_number, whole
+from hooklens.core.arguments import python_draws, whole
 from hooklens.core.errors import ArgumentError, InputError, WrongType
 from hooklens.data.prompt_pairs import PromptPairs
 
@@ -93,7 +92,7 @@ def gendered_pronouns(
             f"{len(women)} of {len(WOMEN)} women's names, {len(men)} of {len(MEN)} men's names, and "
             f"{len(pronouns)} of ' she' and ' he'"
         )
-    draw = random.Random(seed_number(seed))
+    draw = python_draws(seed)
     frames = _frames_of_one_length(tokenizer, women[0])
     draw.shuffle(frames)
     rows = []

@@ -156,7 +156,7 @@ class RandomRepeats(TrainingData):
         return [str(token) for token in range(self.d_vocab)]
 
     def _drawn(self, size: int, nth: int) -> Batch:
-        seed = int(torch.randint(2**62, (1,), generator=drawn_for(self.seed, nth)))
+        seed = int(torch.randint(2**32, (1,), generator=drawn_for(self.seed, nth)))
         repeated = repeated_tokens(self.d_vocab, size, length=self.length, period=self.period, seed=seed)
         batch = next_token_batch(repeated.tokens)
         return replace(batch, counts=torch.arange(self.length - 1) > repeated.period[:, None])

@@ -1,6 +1,5 @@
 """Greater-than: "The war lasted from the year 1732 to the year 17" is followed by a number above 32."""
 
-import random
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Union
@@ -9,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooklens.core.arguments import seed_number, whole
+from hooklens.core.arguments import python_draws, whole
 from hooklens.core.errors import InputError
 from hooklens.core.precision import widened
 from hooklens.data.prompt_pairs import PromptPairs
@@ -102,7 +101,7 @@ def greater_than(
     """
     tokenizer = tokenizer_of(model_or_tokenizer)
     whole("n", n, 1)
-    draw = random.Random(seed_number(seed))
+    draw = python_draws(seed)
     d_vocab = getattr(getattr(model_or_tokenizer, "cfg", None), "d_vocab_out", tokenizer.vocab_size)
     years, events = _years_of(tokenizer), _events_of_one_length(tokenizer)
     rows = []

@@ -304,7 +304,7 @@ class _Training:
         self.model.train()
         self.vector.clear_gradients()
         size = -(-len(rows) // self.settings.accumulate)
-        seed = drawn_for(self.settings.seed, self.step).initial_seed()
+        seed = drawn_for(self.settings.seed, f"dropout {self.step}").initial_seed()
         summed = torch.zeros((), dtype=torch.float64, device=self.vector.values.device)
         for start in range(0, len(rows), size):
             # Every pass draws the masks of the whole batch again, from the seed and the step only.

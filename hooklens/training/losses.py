@@ -51,7 +51,7 @@ class StableMax(Loss):
     >>> StableMax()(torch.tensor([[1.0, -1.0]]), torch.tensor([0])).exp()
     tensor([1.2500])
 
-    Reference: Prieto et al. (2025), "Grokking at the edge of numerical stability", definition 2.
+    Reference: Prieto et al. (2025), "Grokking at the edge of numerical stability", definition 4.
     """
 
     name = "stablemax"

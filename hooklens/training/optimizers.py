@@ -161,19 +161,25 @@ class Wrapper(Optimizer):
 class OrthogonalGradient(Wrapper):
     """Only the part of each gradient that is orthogonal to its parameter, with the gradient's norm.
 
+    A gradient along its parameter becomes 0, and so does the gradient of a parameter that is one number.
+
     Under cross-entropy, growing all weights lowers the loss without changing any prediction; this direction is removed.
 
-    Reference: Prieto et al. (2025), "Grokking at the edge of numerical stability", section 5 (perpendicular gradient).
+    Reference: Prieto et al. (2025), "Grokking at the edge of numerical stability", equation 12, scaled to the norm of
+    the gradient as in the authors' code.
     """
 
     name = "orthogonal_gradient"
 
     def prepare(self, grads: Vector, values: Vector, slots: Slots, spans: Sequence[slice]) -> None:
+        limits = torch.finfo(grads.dtype)
         for span in spans:
             grad, value = grads[span], values[span]
             before = grad.norm()
-            grad.sub_(value * (value @ grad / (value @ value + 1e-30)))
-            grad.mul_(before / (grad.norm() + 1e-30))
+            grad.sub_(value * (value @ grad / (value @ value).clamp_min(limits.tiny)))
+            after = grad.norm()
+            # A rest as short as the rounding of this difference has no direction, and is not scaled up.
+            grad.mul_(torch.where(after > 16 * limits.eps * before, before / after, 0))
         self.inner.prepare(grads, values, slots, spans)
 
 
@@ -181,7 +187,9 @@ class OrthogonalGradient(Wrapper):
 class Grokfast(Wrapper):
     """The gradient plus `amplify` times its exponential moving average: slow components are amplified.
 
-    Reference: Lee et al. (2024), "Grokfast", algorithm 2 (Grokfast-EMA; alpha and lambda there).
+    The average begins at 0; that of the authors' code begins at the first gradient.
+
+    Reference: Lee et al. (2024), "Grokfast", algorithm 2 (Grokfast-EMA; `decay` is alpha, `amplify` lambda).
     """
 
     name = "grokfast"

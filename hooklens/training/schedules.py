@@ -56,7 +56,7 @@ class Cosine(Schedule):
 
 @dataclass(frozen=True)
 class Steps(Schedule):
-    """The rate is multiplied by `gamma` at each of the given fractions of the run.
+    """The rate is multiplied by `gamma` at each of the given fractions of the steps that follow the warm-up.
 
     >>> [Steps(at=(0.5, 0.75), gamma=0.1).factor(step, 8) for step in (0, 4, 6)]
     [1.0, 0.1, 0.010000000000000002]
@@ -74,4 +74,4 @@ class Steps(Schedule):
             )
 
     def after_warmup(self, step: int, steps: int) -> float:
-        return self.gamma ** sum(step >= fraction * steps for fraction in self.at)
+        return self.gamma ** sum(step >= round(fraction * steps, 6) for fraction in self.at)

@@ -23,7 +23,7 @@ def by_counting(a, operation, b, p):
 def test_the_whole_table_is_right_and_split_once(p, operation):
     data = modular_arithmetic(p, operation=operation, fraction=0.6, seed=5)
     train, held_out = data.pairs
-    assert len(train) == round(0.6 * p * p)
+    assert len(train) == int(0.6 * p * p)
     every = [tuple(pair) for pair in torch.cat([train, held_out]).tolist()]
     assert sorted(every) == [(a, b) for a in range(p) for b in range(p)]  # disjoint and exhaustive
     batch = data.examples(torch.cat([train, held_out]))
