@@ -12,7 +12,6 @@ import typer
 from hooklens.cli.base import command, say
 from hooklens.cli.options import AsJson, check_out
 from hooklens.core.errors import ArgumentError, HooklensError, InputError, did_you_mean, judge
-from hooklens.core.files import make_folder
 from hooklens.core.terminal import json_line, printable
 
 if TYPE_CHECKING:
@@ -79,6 +78,7 @@ def train(
     tiny_stories, tiny_stories_dataset. The settings are written to settings.toml in the folder, `--settings` repeats
     them, and `hooklens train --out FOLDER` alone continues the run.
     """
+    from hooklens.core.files import make_folder
     from hooklens.pretrained.loading import as_device
     from hooklens.training.loop import train as train_model
     from hooklens.training.run_folder import RECIPE, RunFolder
