@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType
@@ -153,13 +153,22 @@ class Reader:
         return self.metric.on_read(self.logits(self._at_read(stream), self.every))
 
     def under_hooks(
-        self, tokens: Int[Tensor, "pair pos"], hooks: Sequence[tuple[Where, HookFn]], times: int = 1
+        self,
+        entering: Shaped[Tensor, "pair pos *d_model"],
+        hooks: Sequence[tuple[Where, HookFn]],
+        times: int = 1,
+        *,
+        start_at_layer: int | None = None,
     ) -> Float[Tensor, "time pair"]:
-        """The metric under hooks, from one forward pass of a batch that has all pairs so many times."""
+        """The metric under hooks, from one forward pass of a batch that has all pairs so many times.
+
+        `entering` are the tokens, or the stream that enters a layer.
+        """
         last = None if self.read is None or self.whole else self.model.cfg.n_layers
-        out = self.model.run_with_hooks(tokens.repeat(times, 1), fwd_hooks=hooks, stop_at_layer=last)
+        given = entering.repeat(times, *[1] * (entering.ndim - 1))
+        out = self.model.run_with_hooks(given, fwd_hooks=hooks, start_at_layer=start_at_layer, stop_at_layer=last)
         measure = self.on_logits if last is None else self.on_stream
-        return torch.stack([measure(rows) for rows in out.split(len(tokens))])
+        return torch.stack([measure(rows) for rows in out.split(len(entering))])
 
     def _numbers(self, value: Any) -> Tensor:
         if isinstance(value, Tensor) and value.is_complex():
