@@ -69,16 +69,17 @@ class PathPatches(Sweep):
         return walk_paths(self.plan, reader, items)
 
     def checks(self, drawn: Sequence[int], n: int, reader: Reader) -> list[list[int]]:
-        """Beside those that were drawn, a sender of every other layer, as far as this costs no more than n passes."""
+        """One sender of every layer first, and more than n of them as far as this costs no more than n passes."""
         if not n or self.plan.semantics != EDGES:
             return super().checks(drawn, n, reader)
         n_layers, tokens = self.model.cfg.n_layers, self.tokens.numel()
         # each sender takes its own block, and those from the first receiver on
         at_most = min(n * n_layers // (1 + n_layers - self._first), self.rows_at_once(current().memory) // tokens)
-        layers = {self.layer_of(number): number for number in reversed(drawn)}
-        others = [layers[layer] for layer in sorted(layers.keys() - {self.layer_of(number) for number in drawn[:n]})]
-        chosen = [*drawn[:n], *others][:at_most]
-        return [chosen] if len(chosen) > n else super().checks(drawn, n, reader)
+        of_layers = {self.layer_of(number): number for number in reversed(drawn)}
+        first = [number for number in drawn if of_layers[self.layer_of(number)] == number]
+        if (n_more := min(at_most, len(first))) > n:
+            return [first[:n_more]]
+        return super().checks([*first, *(number for number in drawn if number not in first)], n, reader)
 
     @property
     def _first(self) -> int:
@@ -201,5 +202,6 @@ def _seen(
     else:
         values[plan.base.written(sender)[0]] = value
     given, stop = plan.tokens if start is None else plan.base.streams[start], 1 + max(layer for _, layer in points)
-    with plan.model.hooks([(point, writing(new, None, None)) for point, new in values.items()]):
+    passed = {point: new for point, new in values.items() if (start or 0) <= point[1] < stop}
+    with plan.model.hooks([(point, writing(new, None, None)) for point, new in passed.items()]):
         return plan.model.run_with_cache(given, points, start_at_layer=start, stop_at_layer=stop)[1]

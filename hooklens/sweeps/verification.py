@@ -32,11 +32,8 @@ def verify(
 
     A difference beyond rounding raises.
     """
-    chosen = [
-        some
-        for numbers in (set(worked) - set(resumed), set(resumed))
-        for some in patches.checks(_shuffled(numbers), current().verify, reader)
-    ]
+    chosen = patches.checks(_shuffled(set(worked) - set(resumed)), current().verify, reader)
+    chosen += Patches.checks(patches, _shuffled(resumed), current().verify, reader)
     if not chosen:
         return (float("nan"), 0) if worked or resumed else (0.0, 0)
     worst = 0.0
