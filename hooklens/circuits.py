@@ -1,8 +1,4 @@
-"""The family `hl.circuits`, for `from hooklens.circuits import ...`; it is loaded from `hooklens.plugins.circuits`."""
+"""The names of `hl.circuits`, for `from hooklens.circuits import ...`."""
 
-import sys
-
-from hooklens.plugins import circuits
 from hooklens.plugins.circuits import *  # noqa: F403
-
-sys.modules[__name__] = circuits
+from hooklens.plugins.circuits import __all__ as __all__

@@ -1,8 +1,4 @@
-"""The family `hl.heads`, for `from hooklens.heads import ...`; it is loaded from `hooklens.plugins.heads`."""
+"""The names of `hl.heads`, for `from hooklens.heads import ...`."""
 
-import sys
-
-from hooklens.plugins import heads
 from hooklens.plugins.heads import *  # noqa: F403
-
-sys.modules[__name__] = heads
+from hooklens.plugins.heads import __all__ as __all__

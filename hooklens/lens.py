@@ -1,8 +1,4 @@
-"""The family `hl.lens`, for `from hooklens.lens import ...`; it is loaded from `hooklens.plugins.lens`."""
+"""The names of `hl.lens`, for `from hooklens.lens import ...`."""
 
-import sys
-
-from hooklens.plugins import lens
 from hooklens.plugins.lens import *  # noqa: F403
-
-sys.modules[__name__] = lens
+from hooklens.plugins.lens import __all__ as __all__

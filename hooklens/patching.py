@@ -1,8 +1,4 @@
-"""The family `hl.patching`, for `from hooklens.patching import ...`; it is loaded from `hooklens.plugins.patching`."""
+"""The names of `hl.patching`, for `from hooklens.patching import ...`."""
 
-import sys
-
-from hooklens.plugins import patching
 from hooklens.plugins.patching import *  # noqa: F403
-
-sys.modules[__name__] = patching
+from hooklens.plugins.patching import __all__ as __all__

@@ -1,8 +1,4 @@
-"""The family `hl.probing`, for `from hooklens.probing import ...`; it is loaded from `hooklens.plugins.probing`."""
+"""The names of `hl.probing`, for `from hooklens.probing import ...`."""
 
-import sys
-
-from hooklens.plugins import probing
 from hooklens.plugins.probing import *  # noqa: F403
-
-sys.modules[__name__] = probing
+from hooklens.plugins.probing import __all__ as __all__

@@ -1,8 +1,4 @@
-"""The family `hl.steering`, for `from hooklens.steering import ...`; it is loaded from `hooklens.plugins.steering`."""
+"""The names of `hl.steering`, for `from hooklens.steering import ...`."""
 
-import sys
-
-from hooklens.plugins import steering
 from hooklens.plugins.steering import *  # noqa: F403
-
-sys.modules[__name__] = steering
+from hooklens.plugins.steering import __all__ as __all__

@@ -1,8 +1,4 @@
-"""The family `hl.weights`, for `from hooklens.weights import ...`; it is loaded from `hooklens.plugins.weights`."""
+"""The names of `hl.weights`, for `from hooklens.weights import ...`."""
 
-import sys
-
-from hooklens.plugins import weights
 from hooklens.plugins.weights import *  # noqa: F403
-
-sys.modules[__name__] = weights
+from hooklens.plugins.weights import __all__ as __all__
