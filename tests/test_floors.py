@@ -24,7 +24,7 @@ FLOORS = (
     ("scratch",),
     ("plugins",),
     ("studies",),
-    ("testing", "public"),
+    ("testing", "public", "circuits", "heads", "lens", "patching", "probing", "steering", "weights"),
     ("cli",),
 )
 HEIGHT = {name: height for height, names in enumerate(FLOORS) for name in names}

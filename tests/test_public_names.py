@@ -190,7 +190,7 @@ def test_a_star_import_brings_the_names():
 
 def test_a_submodule_hides_no_name(seen):
     assert seen["patch"] == "hooklens.plugins.patching.activation"
-    packages = {"data", "scratch", "studies", "training"}  # which are the names themselves
+    packages = {"data", "scratch", "studies", "training", *FAMILIES}  # which are the names themselves
     files = {path.stem for path in Path(hl.__file__).parent.iterdir()} - packages
     assert not files & set(NAMES)
 
@@ -200,3 +200,24 @@ def test_a_name_that_does_not_exist_is_told():
         _ = hl.pach
     with pytest.raises(ImportError, match="pach"):
         from hooklens import pach  # noqa: F401
+
+
+FAMILIES = ("circuits", "heads", "lens", "patching", "probing", "steering", "weights")
+BY_FAMILY = """
+import sys
+import hooklens as hl
+for family in sys.argv[1:]:
+    names = {}
+    exec(f"from hooklens.{family} import *; import hooklens.plugins.{family} as module", names)
+    assert getattr(hl, family).__all__ == names["module"].__all__
+    assert all(names[name] is getattr(names["module"], name) for name in names["module"].__all__), family
+    assert all(names[name] is getattr(getattr(hl, family), name) for name in names["module"].__all__), family
+from hooklens.circuits import acdc
+assert acdc is hl.circuits.acdc
+"""
+
+
+def test_names_of_a_family_could_not_be_imported_from_it():
+    """In a new process."""
+    done = subprocess.run([sys.executable, "-c", BY_FAMILY, *FAMILIES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

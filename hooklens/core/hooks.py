@@ -35,13 +35,15 @@ class HookCall(NamedTuple):
 
     `step` is 0 for the prompt and increases with every later forward pass through the same KV cache; `offset` is the
     absolute position of the first new token. `seen` [batch key_pos] says which tokens, including cached ones, are real
-    and not padding; None if nothing is padded.
+    and not padding; None if nothing is padded. `to_come` is the number of tokens that may follow in later passes: 0
+    without a KV cache, None if it is not known.
     """
 
     name: str
     step: int = 0
     offset: int = 0
     seen: Tensor | None = None
+    to_come: int | None = 0
 
     def layer(self) -> int:
         """The layer of the point; raises if it belongs to none."""
@@ -335,15 +337,15 @@ def _take_off(point: HookPoint, lifetime: Lifetime) -> None:
 
 
 class moment(Scope):
-    """Within this block, hooks are told that the forward pass is `step`, from position `offset`, with `seen`."""
+    """Within this block, hooks are told these fields of their `HookCall`."""
 
     stack = _moments
 
-    def __init__(self, step: int, offset: int, seen: Tensor | None = None):
+    def __init__(self, step: int, offset: int, seen: Tensor | None = None, to_come: int | None = 0):
         super().__init__()
-        self.told = (step, offset, seen)
+        self.told = (step, offset, seen, to_come)
 
-    def begin(self) -> tuple[int, int, Tensor | None]:
+    def begin(self) -> tuple[int, int, Tensor | None, int | None]:
         return self.told
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import SupportsIndex, Union
 
 from hooklens.core.errors import InputError, NameNotFound, WrongType, did_you_mean
@@ -83,6 +84,7 @@ def site(name: str, layer: SupportsIndex | None = None, part: str | None = None)
     return Site(_ALIASES.get(name, name), None if layer is None else int(layer), part)
 
 
+@lru_cache(maxsize=10_000)
 def parse(name: str) -> Site | None:
     """Parse a full point name; None if it is not one.
 

@@ -62,7 +62,7 @@ class Decoder:
     @classmethod
     def of(cls, model: "HookedTransformer", rows: int, *, steps: int = PACKING_PAYS_FROM) -> "Decoder | None":
         """A decoder, or None under autocast or unless all modules are unmodified ones of hooklens and of one dtype."""
-        from hooklens.model.transformer import HookedTransformer
+        from hooklens.model.transformer import HookedTransformer, methods_replaced
 
         weights = list(model.parameters())
         alike = len({(w.dtype, w.device) for w in weights}) == 1 and not any(w.is_inference() for w in weights)
@@ -70,7 +70,7 @@ class Decoder:
             return None
         inner = [module for part in (*model.blocks, model.ln_final, model.unembed) if part for module in part.modules()]
         is_known = all(type(module) in _KNOWN for module in inner) and not _hooked(map(vars, inner))
-        return cls(model, rows, steps=steps) if is_known else None
+        return cls(model, rows, steps=steps) if is_known and not methods_replaced([model, *inner]) else None
 
     def __init__(self, model: "HookedTransformer", rows: int, *, steps: int = PACKING_PAYS_FROM):
         self.model = model

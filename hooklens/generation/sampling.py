@@ -252,6 +252,7 @@ def _run(
     heard = bool(scopes) or edited_elsewhere(model.hook_points().values())
     decoder = None if heard or n_steps == 1 else Decoder.of(model, len(rows), steps=n_steps)
     batch = _Batch(model, [row.prompt for row in rows], decoder, whole_until=max(scopes, default=0))
+    batch.past.to_come = n_steps - 1  # the last token is not run
     pack = packed_linears(rows=len(rows)) if n_steps >= PACKING_PAYS_FROM and decoder is None else nullcontext()
     with torch.no_grad() if heard else torch.inference_mode(), pack:
         for step in range(n_steps):

@@ -37,6 +37,8 @@ class KVCache:
 
     def __init__(self) -> None:
         self.length = self.step = 0
+        #: The number of tokens that a generation adds to the prompt at most; None if it is not known.
+        self.to_come: int | None = None
         self.seen: Bool[Tensor, "batch key"] | None = None
         #: If rotary frequencies depend on a row's length: the lengths for which the keys are rotated, and each pass's
         #: input and first layer, from which they are rebuilt when a row outgrows its frequencies.

@@ -1,7 +1,7 @@
 """HookedTransformer: from tokens to logits, with every activation accessible by name."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -130,7 +130,8 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         layers, embeds, reads_out = range(start, stop), start_at_layer is None, stop_at_layer is None
         if kv_cache is None and (ctx.key_seen is None or torch.compiler.is_compiling()):
             return self._run(x, ctx, layers, chosen, embeds=embeds, reads_out=reads_out)
-        with moment(0 if kv_cache is None else kv_cache.step, ctx.offset, ctx.key_seen):
+        step, to_come = (0, 0) if kv_cache is None else (kv_cache.step, kv_cache.to_come)
+        with moment(step, ctx.offset, ctx.key_seen, to_come):
             out = self._run(x, ctx, layers, chosen, embeds=embeds, reads_out=reads_out)
         if kv_cache is not None:
             kv_cache.advance(x, ctx, start_at_layer)
@@ -509,6 +510,31 @@ for _name in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O"):
     setattr(HookedTransformer, _name, _stacked("attn", _name))
 for _name in ("W_in", "W_gate", "W_out", "b_in", "b_out"):
     setattr(HookedTransformer, _name, _stacked("mlp", _name))
+
+
+def _with_subclasses(cls: type) -> Iterator[type]:
+    yield cls
+    subclasses: list[type] = cls.__subclasses__()
+    for subclass in subclasses:
+        yield from _with_subclasses(subclass)
+
+
+def _methods(cls: type) -> dict[str, Any]:
+    return {name: value for name, value in vars(cls).items() if not name.startswith("__")}
+
+
+_DEFINED = {cls: _methods(cls) for cls in _with_subclasses(nn.Module) if cls.__module__.startswith("hooklens.")}
+_DEFINED[nn.Linear] = _methods(nn.Linear)
+
+
+def methods_replaced(modules: Iterable[nn.Module]) -> bool:
+    """Whether a class of this model's kind, or one of these modules, has another method than it was defined with."""
+    for cls, defined in _DEFINED.items():
+        now = _methods(cls)
+        if now.keys() != defined.keys() or any(now[name] is not value for name, value in defined.items()):
+            return True
+    own = ((type(module), name) for module in modules for name in vars(module) if not name.startswith("_"))
+    return any(callable(getattr(cls, name, None)) for cls, name in own)
 
 
 def initialise(model: HookedTransformer, seed: int) -> None:

@@ -67,7 +67,7 @@ def begun(
     if file is None:
         return readers, values, None
     sketch = sketch_of(base, [part for sweep in sweeps for part in sweep.sketch()])
-    return readers, values, Progressed(file.path, key, sketch, values, kernel_of(model))
+    return readers, values, Progressed(file, key, sketch, values, kernel_of(model))
 
 
 def run_parts(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType
@@ -12,7 +12,7 @@ from hooklens.core.hooks import HookFn
 from hooklens.core.names import Where
 from hooklens.metrics import ReadingMetric, Reads, need_metric, need_pairs
 from hooklens.model.ids import as_ids
-from hooklens.model.linear import is_plain
+from hooklens.model.linear import is_plain, packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.sweeps.naive import why_plain
 from hooklens.sweeps.rows import Group
@@ -139,12 +139,19 @@ class Reader:
         """The metric on full logits, whether or not it says what it reads."""
         return self._checked(self._of_logits(logits))
 
-    def on_stream(self, stream: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair"]:
-        """The metric on the stream that leaves the last block; every token is unembedded where the metric reads."""
+    def on_streams(self, streams: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "time pair"]:
+        """The metric on the streams that leave the last block, of all pairs some times; every token is unembedded
+        where the metric reads.
+        """
         if self.read is None or self.whole:
-            return self.on_logits(self.model.read_out(stream))
-        logits = self._of_tokens(self.model.read_out(self._at_read(stream)), self.every)
-        return self._checked(self.metric.on_read(logits))
+            return torch.stack([self.on_logits(self.model.read_out(rows)) for rows in streams.split(self.n_pairs)])
+        values, at_once = [], max(1, _LOGITS_AT_ONCE // (self.read.numel() * self.model.cfg.d_vocab_out))
+        for some in streams.split(at_once * self.n_pairs):
+            read = self.read.repeat(len(some) // self.n_pairs, 1)
+            with packed_linears(enabled=False):  # packing the unembedding takes longer than a few rows of it
+                logits = self.model.read_out(some[torch.arange(len(some), device=some.device)[:, None], read])
+            values += [self.metric.on_read(self._of_tokens(rows, self.every)) for rows in logits.split(self.n_pairs)]
+        return torch.stack([self._checked(value) for value in values])
 
     def in_graph(self, stream: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair"]:
         """The metric on the stream that leaves the last block, in the graph: for a backward pass."""
@@ -153,13 +160,23 @@ class Reader:
         return self.metric.on_read(self.logits(self._at_read(stream), self.every))
 
     def under_hooks(
-        self, tokens: Int[Tensor, "pair pos"], hooks: Sequence[tuple[Where, HookFn]], times: int = 1
+        self,
+        entering: Shaped[Tensor, "pair pos *d_model"],
+        hooks: Sequence[tuple[Where, HookFn]],
+        times: int = 1,
+        *,
+        start_at_layer: int | None = None,
     ) -> Float[Tensor, "time pair"]:
-        """The metric under hooks, from one forward pass of a batch that has all pairs so many times."""
+        """The metric under hooks, from one forward pass of a batch that has all pairs so many times.
+
+        `entering` are the tokens, or the stream that enters a layer.
+        """
         last = None if self.read is None or self.whole else self.model.cfg.n_layers
-        out = self.model.run_with_hooks(tokens.repeat(times, 1), fwd_hooks=hooks, stop_at_layer=last)
-        measure = self.on_logits if last is None else self.on_stream
-        return torch.stack([measure(rows) for rows in out.split(len(tokens))])
+        given = entering.repeat(times, *[1] * (entering.ndim - 1))
+        out = self.model.run_with_hooks(given, fwd_hooks=hooks, start_at_layer=start_at_layer, stop_at_layer=last)
+        if last is not None:
+            return self.on_streams(out)
+        return torch.stack([self.on_logits(rows) for rows in out.split(self.n_pairs)])
 
     def _numbers(self, value: Any) -> Tensor:
         if isinstance(value, Tensor) and value.is_complex():

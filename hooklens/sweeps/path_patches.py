@@ -16,6 +16,7 @@ from hooklens.sweeps.nodes import Sender
 from hooklens.sweeps.path_rows import is_late, stage_of, walk_paths
 from hooklens.sweeps.paths import EDGES, FIXED, FIXED_FROZEN, PathPlan, point_of, turn, writing
 from hooklens.sweeps.protocol import Item, Sweep
+from hooklens.sweeps.settings import current
 
 
 class PathPatches(Sweep):
@@ -67,8 +68,30 @@ class PathPatches(Sweep):
     def walk(self, reader: Reader, items: Sequence[Item]) -> list[Tensor]:
         return walk_paths(self.plan, reader, items)
 
+    def checks(self, drawn: Sequence[int], n: int, reader: Reader) -> list[list[int]]:
+        """One sender of every layer first, and more than n of them as far as this costs no more than n passes."""
+        if not n or self.plan.semantics != EDGES:
+            return super().checks(drawn, n, reader)
+        n_layers, tokens = self.model.cfg.n_layers, self.tokens.numel()
+        # each sender takes its own block, and those from the first receiver on
+        at_most = min(n * n_layers // (1 + n_layers - self._first), self.rows_at_once(current().memory) // tokens)
+        of_layers = {self.layer_of(number): number for number in reversed(drawn)}
+        first = [number for number in drawn if of_layers[self.layer_of(number)] == number]
+        if (n_more := min(at_most, len(first))) > n:
+            return [first[:n_more]]
+        return super().checks([*first, *(number for number in drawn if number not in first)], n, reader)
+
+    @property
+    def _first(self) -> int:
+        """The layer from which on a receiver reads."""
+        return min(self.plan.stages[0] // 2, self.model.cfg.n_layers - 1)
+
     def plain(self, numbers: Sequence[int], reader: Reader) -> Float[Tensor, "sender pair"]:
-        return torch.cat([reader.under_hooks(self.tokens, _patching(self.plan, self.plan.senders[i])) for i in numbers])
+        senders = [self.plan.senders[i] for i in numbers]
+        if len(senders) > 1 and self.plan.semantics == EDGES:  # all rows are the base run's up to the first receiver
+            first, hooks = self._first, _adding(self.plan, senders, whole=False)
+            return reader.under_hooks(self.plan.base.streams[first], hooks, len(senders), start_at_layer=first)
+        return torch.cat([reader.under_hooks(self.tokens, _patching(self.plan, sender)) for sender in senders])
 
     def share(self, reader: Reader, items: Sequence[Item]) -> float:
         """Token-layers that were computed, MLPs on the path counted whole, over those of the plain loop."""
@@ -104,7 +127,7 @@ class PathPatches(Sweep):
 def _patching(plan: PathPlan, sender: Sender) -> list[tuple[Where, HookFn]]:
     """One sender's patch as hooks on the run that is patched."""
     if plan.semantics == EDGES:
-        return _adding(plan, sender)
+        return _adding(plan, [sender])
     points = {place: point_of(plan.model, *place) for place in plan.reading}
     seen = _seen(plan, sender, [*points.values()])
     hooks: list[tuple[Where, HookFn]] = []
@@ -115,21 +138,39 @@ def _patching(plan: PathPlan, sender: Sender) -> list[tuple[Where, HookFn]]:
     return hooks
 
 
-def _adding(plan: PathPlan, sender: Sender) -> list[tuple[Where, HookFn]]:
-    """Each receiver that comes after the sender gets its new value in what it reads, and nothing else does."""
-    # The change of what the forward pass adds to the stream, not what the block says of how a sender reaches it.
-    point, old = plan.base.written(sender)
-    change = (_seen(plan, sender, [point])[point] - old) * plan.here(sender)[..., None]
-    change = change if sender.turned is None else turn(change, sender.turned)
-    hooks: list[tuple[Where, HookFn]] = []
+def _adding(plan: PathPlan, senders: Sequence[Sender], *, whole: bool = True) -> list[tuple[Where, HookFn]]:
+    """Each receiver that comes after a sender gets its new value in what it reads, and nothing else does.
+
+    There is a row of every pair for every sender.
+    """
+    changes = [_change(plan, sender, whole=whole) for sender in senders]
     receivers = {(receiver.kind, receiver.layer): receiver for receiver in plan.receivers}
+    hooks: list[tuple[Where, HookFn]] = []
     for kind, layer in plan.reading:
-        if plan.order.reads_at(receivers[kind, layer]) < plan.order.feeds_from(sender):
+        stage = plan.order.reads_at(receivers[kind, layer])
+        reaches = [stage >= plan.order.feeds_from(sender) for sender in senders]
+        if not any(reaches):
             continue
-        heads = plan.heads_at(kind, layer) or None  # which read copies of the stream of their own
+        heads, where = plan.heads_at(kind, layer) or None, plan.where(kind, layer)
+        # heads read copies of the stream of their own
         point = point_of(plan.model, kind, layer) if heads is None else (f"{kind}_input", layer)
-        hooks.append((point, _adding_to(change, plan.where(kind, layer), heads)))
+        rows = torch.cat([change * reached for change, reached in zip(changes, reaches, strict=True)])
+        hooks.append((point, _adding_to(rows, None if where is None else where.repeat(len(senders), 1, 1), heads)))
     return hooks
+
+
+def _change(plan: PathPlan, sender: Sender, *, whole: bool) -> Float[Tensor, "pair pos d_model"]:
+    """What the forward pass adds to the stream beyond the base run; what the block says of itself is not asked.
+
+    Unless it is `whole`, the pass is that of the sender's block alone.
+    """
+    point, old = plan.base.written(sender)
+    if sender.kind == "head" or whole:
+        new = _seen(plan, sender, [point], start=None if whole else sender.layer)[point]
+    else:
+        new = plan.new.of(sender)
+    change = (new - old) * plan.here(sender)[..., None]
+    return change if sender.turned is None else turn(change, sender.turned)
 
 
 def _adding_to(change: Tensor, where: Tensor | None, heads: list[int] | None) -> HookFn:
@@ -144,8 +185,13 @@ def _adding_to(change: Tensor, where: Tensor | None, heads: list[int] | None) ->
     return add
 
 
-def _seen(plan: PathPlan, sender: Sender, points: Sequence[tuple[str, int]]) -> ActivationCache:
-    """Activations of the forward pass in which the sender takes its new value and the other heads keep theirs."""
+def _seen(
+    plan: PathPlan, sender: Sender, points: Sequence[tuple[str, int]], *, start: int | None = None
+) -> ActivationCache:
+    """Activations of the forward pass in which the sender takes its new value and the other heads keep theirs.
+
+    `start`: the layer at which it begins, with the base run's stream.
+    """
     value = torch.where(plan.here(sender)[..., None], plan.new.of(sender), plan.base.of(sender))
     values = {("z", layer): z for layer, z in plan.base.z.items()}
     if plan.semantics == FIXED_FROZEN:
@@ -155,5 +201,7 @@ def _seen(plan: PathPlan, sender: Sender, points: Sequence[tuple[str, int]]) -> 
         values["z", sender.layer][:, :, sender.head] = value
     else:
         values[plan.base.written(sender)[0]] = value
-    with plan.model.hooks([(point, writing(new, None, None)) for point, new in values.items()]):
-        return plan.model.run_with_cache(plan.tokens, points, stop_at_layer=1 + max(layer for _, layer in points))[1]
+    given, stop = plan.tokens if start is None else plan.base.streams[start], 1 + max(layer for _, layer in points)
+    passed = {point: new for point, new in values.items() if (start or 0) <= point[1] < stop}
+    with plan.model.hooks([(point, writing(new, None, None)) for point, new in passed.items()]):
+        return plan.model.run_with_cache(given, points, start_at_layer=start, stop_at_layer=stop)[1]

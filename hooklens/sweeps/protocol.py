@@ -11,6 +11,8 @@ from torch import Tensor
 from hooklens.model.transformer import HookedTransformer
 from hooklens.sweeps.measure import Reader
 
+_AT_ONCE = 512  # tokens in one plain pass: with few, two patches take little longer than one
+
 
 @dataclass
 class Item:
@@ -55,6 +57,14 @@ class Patches(ABC):
     @abstractmethod
     def walk(self, reader: Reader, items: Sequence[Item]) -> list[Float[Tensor, "_pos d_model"]]:
         """The stream that leaves the last block, where the metric reads it (or from its start), for every item."""
+
+    def checks(self, drawn: Sequence[int], n: int, reader: Reader) -> list[list[int]]:
+        """Which of the patches, in the order in which they were drawn, are verified: lists that `plain` runs at once.
+
+        n of them are asked for.
+        """
+        at_once = max(1, _AT_ONCE // self.tokens.numel())
+        return [list(drawn[i : min(i + at_once, n)]) for i in range(0, min(n, len(drawn)), at_once)]
 
     @abstractmethod
     def plain(self, numbers: Sequence[int], reader: Reader) -> Float[Tensor, "patch pair"]:

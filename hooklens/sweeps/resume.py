@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.sweeps.settings import KERNELS, current, pinned
 
-_SCHEMA = Schema("hooklens.sweep", 1, "a sweep in progress", "hl.patch(..., resume=path)")
+_SCHEMA = Schema("hooklens.sweep", 1, "a sweep in progress", "the same call")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,12 @@ class Resume:
 
     path: str | Path
     key: str | None = None
+    call: str = field(default="hl.patch", kw_only=True, repr=False, compare=False)  # the method that writes it
+
+    @property
+    def schema(self) -> Schema:
+        """The kind of the file, which errors about it name."""
+        return replace(_SCHEMA, writer=f"{self.call}(..., resume=path)")
 
     @classmethod
     def of(cls, asked: "str | Path | Resume | None") -> "Resume | None":
@@ -50,8 +56,8 @@ class Resume:
         check_writable(self.path)
         if not Path(self.path).exists():
             return pinned(None)
-        with reading(self.path, _SCHEMA.what):
-            kernel = read_envelope(self.path, _SCHEMA).content["kernel"]
+        with reading(self.path, self.schema.what):
+            kernel = read_envelope(self.path, self.schema).content["kernel"]
         asked = current().kernel
         if kernel not in KERNELS:
             raise FileRefused(f"{self.path} names no kernel that its numbers came from; delete it")
@@ -66,16 +72,17 @@ class Resume:
 class Progressed:
     """The values computed so far, and the file that keeps them."""
 
-    def __init__(self, path: str | Path, key: str, sketch: Float[Tensor, "number"], values: Tensor, kernel: str):
-        self.path, self.key, self.sketch, self.values, self.kernel = Path(path), key, sketch, values, kernel
+    def __init__(self, file: Resume, key: str, sketch: Float[Tensor, "number"], values: Tensor, kernel: str):
+        self.path, self.schema = Path(file.path), file.schema
+        self.key, self.sketch, self.values, self.kernel = key, sketch, values, kernel
         self.done = torch.zeros(values.shape, dtype=torch.bool)
         if self.path.exists():
             self._read()
 
     def _read(self) -> None:
-        file = read_envelope(self.path, _SCHEMA)
+        file = read_envelope(self.path, self.schema)
         tensors = dict(file.tensors())
-        with reading(self.path, _SCHEMA.what):
+        with reading(self.path, self.schema.what):
             done, values, sketch = (tensors[name] for name in ("done", "values", "sketch"))
             key = file.content["key"]
         alike = sketch.shape == self.sketch.shape and torch.allclose(sketch, self.sketch, 1e-3, 1e-4, equal_nan=True)
@@ -98,7 +105,7 @@ class Progressed:
         """Write all values computed so far, aside and renamed: a bin is complete."""
         self.done[list(finished), pairs] = True
         tensors = {"values": self.values, "done": self.done, "sketch": self.sketch}
-        write_envelope(self.path, _SCHEMA, {"key": self.key, "kernel": self.kernel}, tensors)
+        write_envelope(self.path, self.schema, {"key": self.key, "kernel": self.kernel}, tensors)
 
 
 class Part:
@@ -174,6 +181,7 @@ def resuming(asked: str | Path | Resume | None, call: str, n_lengths: int = 1) -
     file = Resume.of(asked)
     if file is not None and n_lengths > 1:
         raise InputError("resume= needs prompts of one length; patch each length on its own")
+    file = file and replace(file, call=call)
     try:
         with products_of(file):
             yield file

@@ -16,7 +16,7 @@ KERNELS = ("linear", "packed")
 
 @dataclass(frozen=True)
 class Settings:
-    """`memory`: bytes of activations at once. `verify`: patches run again the plain way. `plain`: only that way.
+    """`memory`: bytes of activations at once. `verify`: patches run plainly too, or their cost. `plain`: only plainly.
 
     `kernel` is how linear layers multiply: "linear" is torch's product, "packed" one on weights packed for the CPU, and
     None the one that was faster when it was measured at the start of the process. The two differ in the last bits.

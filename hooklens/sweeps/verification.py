@@ -14,7 +14,6 @@ from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.protocol import Patches
 from hooklens.sweeps.settings import current
 
-_AT_ONCE = 512  # tokens in one plain pass: with few, two patches take little longer than one
 # Two ways of summing differ by about what one rounding of the stream before every block moves the metric: by at most
 # 0.7 of it on SmolLM2, 2.3 on tiny models of every family, in float32, bfloat16 and float16.
 _ROUNDINGS = 30
@@ -33,12 +32,12 @@ def verify(
 
     A difference beyond rounding raises.
     """
-    drawn = _drawn(set(worked) - set(resumed)) + _drawn(set(resumed))
-    if not drawn:
+    chosen = patches.checks(_shuffled(set(worked) - set(resumed)), current().verify, reader)
+    chosen += Patches.checks(patches, _shuffled(resumed), current().verify, reader)
+    if not chosen:
         return (float("nan"), 0) if worked or resumed else (0.0, 0)
-    at_once = max(1, _AT_ONCE // patches.tokens.numel())
     worst = 0.0
-    for some in (drawn[i : i + at_once] for i in range(0, len(drawn), at_once)):
+    for some in chosen:
         again = patches.plain(some, reader)
         errors = (again - values[some]).abs().amax(1)
         error = float(errors.max())
@@ -54,13 +53,12 @@ def verify(
             number = some[int(errors.argmax())]
             seen = f"differs by {error:.3g} from a plain hooked run, and rounding explains at most {allowed:.1g}"
             raise _differs(patches, number, seen, file if number in resumed else None)
-    return worst, len(drawn)
+    return worst, sum(map(len, chosen))
 
 
-def _drawn(numbers: Collection[int]) -> list[int]:
-    settings, ordered = current(), sorted(numbers)
-    generator = seeded(settings.seed)
-    return [ordered[i] for i in torch.randperm(len(ordered), generator=generator)[: settings.verify].tolist()]
+def _shuffled(numbers: Collection[int]) -> list[int]:
+    ordered = sorted(numbers)
+    return [ordered[i] for i in torch.randperm(len(ordered), generator=seeded(current().seed)).tolist()]
 
 
 def _moved_by_rounding(patches: Patches, some: Sequence[int], reader: Reader, exact: Tensor) -> float:

@@ -53,9 +53,9 @@ def lens_file(path):
 
 
 def sweep_file(path):
-    from hooklens.sweeps.resume import Progressed
+    from hooklens.sweeps.resume import Progressed, Resume
 
-    load = lambda: Progressed(path, "key", torch.ones(4), torch.zeros(6, 2), "linear")  # noqa: E731
+    load = lambda: Progressed(Resume(path), "key", torch.ones(4), torch.zeros(6, 2), "linear")  # noqa: E731
     load().save([1, 2])
     return load
 

@@ -12,8 +12,12 @@ from hooklens.generation import decoder
 from hooklens.generation.continuation import Continuation
 from hooklens.generation.decoder import Decoder
 from hooklens.model import linear
+from hooklens.model.attention import Attention
+from hooklens.model.block import Block
 from hooklens.model.kv_cache import KVCache
 from hooklens.model.linear import packed_linears, packing_works
+from hooklens.model.mlp import MLP, GatedMLP
+from hooklens.model.norms import RMSNorm
 from hooklens.testing import tiny_model
 
 
@@ -101,6 +105,35 @@ def test_torch_hooks_and_replaced_forwards_count(part, how, counted):
 
     expected = changed().generate([1, 2, 3], 5, stop=(), capture={0: "resid_post"}).new_tokens[0]
     assert torch.equal(changed().generate([1, 2, 3], 5, stop=()).new_tokens[0], expected) and not counted
+
+
+@pytest.mark.parametrize("weights", ["plain"], indirect=True)
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [(MLP, "forward"), (GatedMLP, "neurons"), (Attention, "mix"), (Block, "finish"), (RMSNorm, "forward")],
+    ids=lambda one: getattr(one, "__name__", one),
+)
+@pytest.mark.parametrize("whole_class", [True, False])
+def test_a_method_replaced_in_a_class_or_a_part_was_skipped_in_generation(cls, name, whole_class, counted, monkeypatch):
+    model, plain = zoo_model("llama"), getattr(cls, name)
+    parts = [model.get_submodule(part) for part in ("blocks.1", "blocks.1.attn", "blocks.1.mlp", "blocks.1.ln1")]
+    part = next(part for part in parts if isinstance(part, cls))
+    assert Decoder.of(model, rows=1) is not None
+    if whole_class:
+        monkeypatch.setattr(cls, name, lambda self, *args: plain(self, *args) * -1)
+    else:
+        monkeypatch.setattr(part, name, lambda *args: plain(part, *args) * -1)
+    expected = model.generate([1, 2, 3], 5, stop=(), capture={0: "resid_post"}).new_tokens[0]
+    assert torch.equal(model.generate([1, 2, 3], 5, stop=()).new_tokens[0], expected) and not counted
+
+
+def test_an_edited_activation_function_is_that_of_the_steps_too(counted):
+    model = zoo_model("llama")
+    model.generate([1, 2, 3], 5, stop=())
+    steps = len(counted)
+    model.blocks[1].mlp.act = "tanh"
+    expected = model.generate([1, 2, 3], 5, stop=(), capture={0: "resid_post"}).new_tokens[0]
+    assert torch.equal(model.generate([1, 2, 3], 5, stop=()).new_tokens[0], expected) and len(counted) == 2 * steps
 
 
 @pytest.mark.parametrize(("dtype", "ulps"), [(torch.float64, 1000), (torch.bfloat16, 10)])

@@ -231,6 +231,17 @@ def test_paths_out_of_a_block_that_misstates_what_it_writes_passed_the_check(rec
         torch.testing.assert_close(values, expected, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("layer", range(4))
+def test_one_layer_of_four_that_misstates_what_it_writes_passed_the_check_of_two_senders(layer):
+    model = outside("misstated", n_layers=4)
+    for number, block in enumerate(model.blocks):
+        if number != layer:
+            block.attn_adds = lambda raw: raw
+    for seed in range(3):
+        with hl.engine(seed=seed), pytest.raises(CheckFailed, match=f"patch of L{layer}H"):
+            path_patch(model, CLEAN, CORRUPTED, metric_of(model), senders="heads")
+
+
 def test_edges_of_a_block_kind_from_outside_are_run_or_refused_with_the_one_error():
     half, first = outside("half sandwich"), outside()
     graph = circuit_graph(half)

@@ -12,6 +12,7 @@ import hooklens as hl
 from hooklens.core.errors import CheckFailed, FileRefused
 from hooklens.plugins.patching.path import Fixed, path_patch
 from hooklens.sweeps import execution as engine
+from hooklens.testing import tiny_model
 
 
 @pytest.fixture
@@ -110,3 +111,14 @@ def test_a_path_sweep_asks_why_plain_once(monkeypatch):
     reasons = counting(monkeypatch, engine, "why_plain"), counting(monkeypatch, measure, "why_plain")
     path_patch(zoo_model("llama"), CLEAN, CORRUPTED, margin)
     assert [len(calls) for calls in reasons] == [1, 0]
+
+
+def test_a_damaged_file_of_path_patching_was_to_be_written_again_by_activation_patching(tmp_path):
+    model, file = tiny_model(), tmp_path / "paths"
+    metric = hl.logit_diff(model, answer=3, wrong_answer=4)
+    hl.path_patch(model, [[1, 2, 3]], [[1, 4, 3]], metric, resume=file)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(FileRefused, match=r"write it again with path_patch\(\.\.\., resume=path\)"):
+        hl.path_patch(model, [[1, 2, 3]], [[1, 4, 3]], metric, resume=file)

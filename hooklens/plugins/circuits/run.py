@@ -80,8 +80,8 @@ def run_edges(
     `value` is what ablated edges carry, as in `hl.patch`: "corrupted" (the run on the corrupted prompt), "zero" (nodes
     write nothing, biases of W_O stay), "mean" (every node's mean over the clean prompts), or any other `Replacement`,
     such as Mean(reference=prompts). A plain function as metric needs all pairs at once, so they are run together,
-    whatever memory that takes. `resume` names a file that keeps finished circuits, as in `hl.patch`. A few circuits are
-    run again by hooks on the model's own forward pass; the largest difference is in the result.
+    whatever memory that takes. `resume` names a file that keeps finished circuits, as in `hl.patch`. A circuit is
+    run again by hooks on the model's own forward pass (two of many); the largest difference is in the result.
 
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", section 3; Goldowsky-Dill et al. (2023),
     "Localizing Model Behavior with Path Patching", section 2.
@@ -173,7 +173,7 @@ class Bench:
     def _progressed(self, masks: Kept, values: Float[Tensor, "mask pair"]) -> Progressed:
         assert self.file is not None
         key = identity((self.key, masks), "the circuits")
-        return Progressed(self.file.path, key, sketch_of(self.base_per_pair, ()), values, kernel_of(self.model))
+        return Progressed(self.file, key, sketch_of(self.base_per_pair, ()), values, kernel_of(self.model))
 
     def _of_model(self, group: Pairs) -> Iterator[Float[Tensor, "pair"]]:
         """The metric of the model, for some of the group's pairs at a time."""

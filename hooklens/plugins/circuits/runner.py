@@ -10,17 +10,18 @@ from torch import Tensor, nn
 from hooklens.core.hooks import HookFn
 from hooklens.core.names import Where
 from hooklens.data.prompts import Pairs
-from hooklens.model.kv_cache import Context
+from hooklens.model.kv_cache import Context, KVCache
 from hooklens.model.linear import is_plain
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.graph import CircuitGraph, Slot
 from hooklens.plugins.circuits.node_runs import AblatedOf, Wanted, head_outputs, mlp_output
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.protocol import Item, Patches
-from hooklens.sweeps.settings import current
+from hooklens.sweeps.settings import Settings, current
 
 Kept = Bool[Tensor, "mask edge"] | Float[Tensor, "mask edge"]
 Moved = Float[Tensor, "mask source pair pos d_model"]
+_FEW = 16  # circuits of which one is verified
 _POSITIONS = 512  # of one batch of rows: products are efficient from there on, and fewer circuits share more idle nodes
 
 
@@ -69,9 +70,20 @@ class EdgeRunner:
             self.embedded = model(clean, stop_at_layer=0)[:, self.start :]
 
     def ablated(self, some: slice) -> Float[Tensor, "source _pair pos d_model"]:
-        """What every node writes in the ablated run of some of these pairs."""
+        """What every node writes in the ablated run of some of these pairs, from `start` on."""
+        if len(self.held) == self.graph.n_sources:
+            return self.written if self.written.shape[1] == 1 else self.written[:, some]
         start = self.rows.start
-        return self.ablated_of(slice(start + some.start, start + some.stop), None).nodes
+        return self.ablated_of(slice(start + some.start, start + some.stop), None).nodes[:, :, self.start :]
+
+    def prefix(self, some: slice) -> KVCache | None:
+        """The keys and values before `start`, where the prompts of these pairs are still the same."""
+        if not self.start:
+            return None
+        past = KVCache()
+        past.length, past.step = self.start, 1
+        past._layers = {layer: (keys[some], values[some]) for layer, (keys, values) in enumerate(self.ctx.past)}
+        return past
 
     def streams(self, masks: Kept) -> Float[Tensor, "mask pair some d_model"]:
         """The stream behind the last block in each circuit, where the metric reads it, or from `start` on."""
@@ -207,6 +219,11 @@ class EdgePatches(Patches):
     def layer_of(self, number: int) -> int:
         return 0
 
+    def checks(self, drawn: Sequence[int], n: int, reader: Reader) -> list[list[int]]:
+        """Of few circuits one, unless more are asked for than by default: a plain pass costs as much as theirs."""
+        few = n <= Settings.verify and len(drawn) <= _FEW
+        return super().checks(drawn, min(n, 1) if few else n, reader)
+
     def live(self, reader: Reader) -> list[Item]:
         lives = self.masks.ne(0).any(1).nonzero().flatten().tolist()
         return [Item(number, pair, self.runner.start) for number in lives for pair in range(len(self.tokens))]
@@ -220,18 +237,19 @@ class EdgePatches(Patches):
 
     def plain(self, numbers: Sequence[int], reader: Reader) -> Float[Tensor, "mask pair"]:
         """The clean run with hooks that exchange the live value of every cut edge for the ablated one at its reader."""
-        runner, n_pairs = self.runner, len(self.tokens)
+        runner, n_pairs, n_layers = self.runner, len(self.tokens), self.model.cfg.n_layers
         # two tensors with every node's output: the ablated one, and its difference from the live one
         position = 3 * runner.graph.n_sources * self.model.cfg.d_model * self.stream.element_size()
         at_once = max(1, current().memory // position // self.tokens.shape[1])
         streams: list[list[Tensor]] = [[] for _ in numbers]
         for rows in (slice(i, min(i + at_once, n_pairs)) for i in range(0, n_pairs, at_once)):
-            ablated = runner.ablated(rows)
+            ablated, before = runner.ablated(rows), reader.stream[rows, : runner.start]
             for parts, number in zip(streams, numbers, strict=True):
                 hooks = _exchanging(runner, self.asked[number], ablated, rows.stop - rows.start)
-                n = self.model.cfg.n_layers
-                parts.append(self.model.run_with_hooks(self.tokens[rows], fwd_hooks=hooks, stop_at_layer=n))
-        return torch.stack([reader.on_stream(torch.cat(parts)) for parts in streams])
+                past, tokens = runner.prefix(rows), self.tokens[rows, runner.start :]
+                with self.model.hooks(hooks):
+                    parts.append(torch.cat((before, self.model(tokens, stop_at_layer=n_layers, kv_cache=past)), 1))
+        return reader.on_streams(torch.cat([part for parts in streams for part in parts]))
 
     def fault(self, said: str, values: Float[Tensor, "mask pair"]) -> str:
         return f"the metric of the ablated run or of a circuit is not finite ({said}), though the model's own is"

@@ -1,5 +1,6 @@
 """The positions of a forward pass that an edit changes, counted in real tokens, in a prompt and during generation."""
 
+import math
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, cast
@@ -76,6 +77,8 @@ def touched(
     else:  # count real tokens, without padding
         count = hook.seen.long().cumsum(1)
         place, length, real = count[:, -n_new:] - 1, count[:, -1:], hook.seen[:, -n_new:]
+    if strict and prompt:
+        _check_reached(positions, int(length.max()), hook.to_come)
     if isinstance(positions, slice):
         start, stop = positions.start, positions.stop
         selected = torch.ones_like(place, dtype=torch.bool)
@@ -90,6 +93,14 @@ def touched(
         for i in cast(Sequence[int], positions):
             if i >= 0 or prompt:
                 selected |= place == (i if i >= 0 else length + i)
-            if strict and prompt and i < -int(length.max()):
-                raise InputError(f"positions has {i}, and the longest prompt has {int(length.max())} tokens")
     return selected & real
+
+
+def _check_reached(positions: Positions, n: int, to_come: int | None) -> None:
+    """Raise for a position before the longest prompt, of n tokens, or behind all that can follow it."""
+    listed = [positions.start or 0] if isinstance(positions, slice) else cast(Sequence[int], positions)
+    end = math.inf if to_come is None else n + to_come
+    for i in listed:
+        if (i < -n and not isinstance(positions, slice)) or i >= end:
+            follow = f", and at most {to_come} follow" if to_come else ""
+            raise InputError(f"positions has {i}, and the longest prompt has {n} tokens{follow}")

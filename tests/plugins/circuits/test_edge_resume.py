@@ -82,7 +82,7 @@ def test_a_bench_is_checked_once_and_says_so():
     bench = Bench(model, hl.PromptPairs(CLEAN, CORRUPTED, diff), "corrupted", keep=True)
     masks = some_masks(bench.graph)
     first, second = bench.run(masks), bench.run(masks)
-    assert (first.n_verified, second.n_verified) == (2, 0) and first.largest_error < 1e-12
+    assert (first.n_verified, second.n_verified) == (1, 0) and first.largest_error < 1e-12
 
 
 @pytest.mark.parametrize("ablation", ["corrupted", "zero", "mean"])

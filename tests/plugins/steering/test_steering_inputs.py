@@ -152,3 +152,17 @@ def test_an_edit_at_a_position_before_the_first_token_did_nothing():
             model([[1, 2]])
         with edit:
             assert not torch.equal(model([[1, 2, 3]]), tiny_model()([[1, 2, 3]]))
+
+
+@pytest.mark.parametrize("positions", [[9], 2, slice(4, None)])
+def test_an_edit_at_a_position_behind_the_prompt_did_nothing(positions):
+    model, v = tiny_model(), torch.ones(8)
+    first = positions.start if isinstance(positions, slice) else torch.tensor(positions).view(-1)[0].item()
+    for edit in (steer(model, v, site=SITE, positions=positions), ablate_direction(model, v, positions=positions)):
+        with edit, pytest.raises(InputError, match=f"positions has {first}, and the longest prompt has 2 tokens"):
+            model([[1, 2]])
+        with edit, pytest.raises(InputError, match="2 tokens, and at most" if first > 2 else "2 tokens"):
+            model.generate([1, 2], first - 1, stop=())
+        with edit:
+            assert len(model.generate([1, 2], first, stop=()).tokens[0]) == first + 2
+            assert model([[1, 2]], kv_cache=hl.KVCache()).isfinite().all()  # whoever gives a cache may go on with it
