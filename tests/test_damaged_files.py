@@ -36,7 +36,7 @@ from hooklens.pretrained.tokenizer import Tokenizer, tiny_tokenizer
 from hooklens.results.claims.registration import Registration
 from hooklens.results.result import Result
 from hooklens.sweeps import resume
-from hooklens.sweeps.resume import Progressed
+from hooklens.sweeps.resume import Progressed, Resume
 from hooklens.testing import tiny_model
 
 EACH = 200  # mutations of a format in the default run
@@ -151,7 +151,7 @@ def read_checkpoint(path: Path) -> None:
 
 
 def sweep(path: Path) -> Progressed:
-    return Progressed(path, "key", torch.ones(4, dtype=torch.float64), torch.zeros(6, 2), "linear")
+    return Progressed(Resume(path), "key", torch.ones(4, dtype=torch.float64), torch.zeros(6, 2), "linear")
 
 
 def store(folder: Path) -> Files:

@@ -394,10 +394,11 @@ def _captures(
 
 def _generator(seed: int | torch.Generator | None) -> tuple[torch.Generator, int]:
     if isinstance(seed, torch.Generator):
-        return seed, seed.initial_seed()
+        # A generator on the CPU draws by the last 32 bits of its seed, and `seeded` hashes larger numbers.
+        return seed, seed.initial_seed() % 2**32 if seed.device.type == "cpu" else seed.initial_seed()
     if seed is None:
-        generator = torch.Generator()
-        return generator, generator.seed()
+        number = torch.Generator().seed() % 2**32
+        return seeded(number), number
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise WrongType(f"seed is a whole number or a torch.Generator, got {seed!r:.80}")
     return seeded(int(seed)), int(seed)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
@@ -18,7 +18,10 @@ from hooklens.model.linear import Linear
 Stream = Float[Tensor, "batch pos d_model"]
 Angles = Float[Tensor, "*batch pos turned"]
 
-_row_gradients: ContextVar[list | None] = ContextVar("hooklens_row_gradients", default=None)
+# An embedding, tokens, and the gradient of their rows.
+Collected = tuple[nn.Parameter, Int[Tensor, "*tokens"], Float[Tensor, "*tokens d_model"]]
+_row_gradients: ContextVar[list[Collected] | None] = ContextVar("hooklens_row_gradients", default=None)
+_open_blocks: set[Token] = set()  # checked first: code outside every block compiles whole
 
 
 class Embedding(nn.Embedding):
@@ -37,7 +40,8 @@ class TokenEmbedding(Embedding):
         self.scale = cfg.embed.scale
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Stream:
-        rows = super().forward(tokens) if _row_gradients.get() is None else _Rows.apply(self.weight, tokens)
+        is_collected = _open_blocks and _row_gradients.get() is not None
+        rows = _Rows.apply(self.weight, tokens) if is_collected else super().forward(tokens)
         return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)
 
 
@@ -54,11 +58,13 @@ def row_gradients() -> Iterator[None]:
 
     Autograd would write a gradient of the whole vocabulary for it, and add that to the gradient of the unembedding.
     """
-    kept: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+    kept: list[Collected] = []
     token = _row_gradients.set(kept)
+    _open_blocks.add(token)
     try:
         yield
     finally:
+        _open_blocks.discard(token)
         _row_gradients.reset(token)
     for weight, tokens, grad in kept:
         if weight.grad is None:
@@ -70,13 +76,15 @@ class _Rows(torch.autograd.Function):
     """Rows of a weight, whose gradient an open `row_gradients` block collects."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, weight: Float[Tensor, "d_vocab d_model"], tokens: Int[Tensor, "*tokens"]
+    ) -> Float[Tensor, "*tokens d_model"]:
         ctx.weight, ctx.tokens, ctx.kept = weight, tokens, _row_gradients.get()
         return nn.functional.embedding(tokens, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, grad: Float[Tensor, "*tokens d_model"]) -> tuple[None, None]:
         ctx.kept.append((ctx.weight, ctx.tokens, grad))
         return None, None
 

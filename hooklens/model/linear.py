@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypeGuard
@@ -40,6 +40,7 @@ _WORTH_MEASURING = 2**19
 # The least multiplications for which a product in a step of training goes to oneDNN: below, the call costs more.
 _WORTH_ONEDNN = 2**26
 _faster_gradients: ContextVar[bool] = ContextVar("hooklens_faster_gradients", default=False)
+_open_gradients: set[Token] = set()  # checked first: code outside every block compiles whole
 _vector_gains: dict[tuple[torch.Size, torch.dtype], float] = {}
 
 
@@ -55,7 +56,7 @@ class Linear(nn.Linear):
             packed = packs.weight_of(self, x)
             if packed is not None:
                 return packed_product(x, packed, self.bias)
-        if _faster_gradients.get() and _worth_it(x, self.weight):
+        if _open_gradients and _faster_gradients.get() and _worth_it(x, self.weight):
             return _Product.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
@@ -142,9 +143,11 @@ def faster_gradients(enabled: bool) -> Iterator[None]:
     gradients cannot be differentiated again.
     """
     token = _faster_gradients.set(enabled and _measured(packs=False) > 0)
+    _open_gradients.add(token)
     try:
         yield
     finally:
+        _open_gradients.discard(token)
         _faster_gradients.reset(token)
 
 
@@ -152,13 +155,17 @@ class _Product(torch.autograd.Function):
     """x times a weight, plus a bias. The gradient of the weight is torch's own product, which is as fast."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, "d_out"] | None
+    ) -> Float[Tensor, "... d_out"]:
         ctx.save_for_backward(x, weight)
         return packed_product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(
+        ctx: Any, grad: Float[Tensor, "... d_out"]
+    ) -> tuple[Float[Tensor, "... d_in"] | None, Float[Tensor, "d_out d_in"] | None, Float[Tensor, "d_out"] | None]:
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
         of_x, of_weight, of_bias = ctx.needs_input_grad
