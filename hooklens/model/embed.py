@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ Angles = Float[Tensor, "*batch pos turned"]
 # An embedding, tokens, and the gradient of their rows.
 Collected = tuple[nn.Parameter, Int[Tensor, "*tokens"], Float[Tensor, "*tokens d_model"]]
 _row_gradients: ContextVar[list[Collected] | None] = ContextVar("hooklens_row_gradients", default=None)
-_open_blocks: set[Token] = set()  # checked first: code outside every block compiles whole
+_open_blocks: set[object] = set()  # checked first: code outside every block compiles whole
 
 
 class Embedding(nn.Embedding):
@@ -59,12 +59,13 @@ def row_gradients() -> Iterator[None]:
     Autograd would write a gradient of the whole vocabulary for it, and add that to the gradient of the unembedding.
     """
     kept: list[Collected] = []
+    block = object()
     token = _row_gradients.set(kept)
-    _open_blocks.add(token)
+    _open_blocks.add(block)
     try:
         yield
     finally:
-        _open_blocks.discard(token)
+        _open_blocks.discard(block)
         _row_gradients.reset(token)
     for weight, tokens, grad in kept:
         if weight.grad is None:

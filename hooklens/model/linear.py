@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypeGuard
@@ -40,7 +40,7 @@ _WORTH_MEASURING = 2**19
 # The least multiplications for which a product in a step of training goes to oneDNN: below, the call costs more.
 _WORTH_ONEDNN = 2**26
 _faster_gradients: ContextVar[bool] = ContextVar("hooklens_faster_gradients", default=False)
-_open_gradients: set[Token] = set()  # checked first: code outside every block compiles whole
+_open_gradients: set[object] = set()  # checked first: code outside every block compiles whole
 _vector_gains: dict[tuple[torch.Size, torch.dtype], float] = {}
 
 
@@ -142,12 +142,13 @@ def faster_gradients(enabled: bool) -> Iterator[None]:
     It computes from the weight as it lies in memory, so nothing has to be packed after each change of the weights. The
     gradients cannot be differentiated again.
     """
+    block = object()
     token = _faster_gradients.set(enabled and _measured(packs=False) > 0)
-    _open_gradients.add(token)
+    _open_gradients.add(block)
     try:
         yield
     finally:
-        _open_gradients.discard(token)
+        _open_gradients.discard(block)
         _faster_gradients.reset(token)
 
 
