@@ -282,14 +282,18 @@ class _Training:
             self._diverged(fault, gradient_norms)
         if self.settings.clip is not None and gradient > self.settings.clip:
             self.grads.mul_(self.settings.clip / gradient)
-        parameter_norms = self.vector.norms(self.vector.values)
         rate = self.settings.optimizer.lr * self.settings.schedule.factor(self.step, self.steps)
-        self.settings.optimizer.step(
-            self.vector.values, self.grads, self.slots, t=self.step + 1, rate=rate, spans=self.spans
+        norms = self.settings.optimizer.step(
+            self.vector.values,
+            self.grads,
+            self.slots,
+            t=self.step + 1,
+            rate=rate,
+            spans=self.spans,
+            layers=list(self.vector.layers.values()),
         )
-        change_norms = self.vector.norms(self.grads)
         if self.recorder is not None:
-            norms = torch.stack([gradient_norms, parameter_norms, change_norms]).float().cpu()
+            norms = torch.cat([gradient_norms[None], norms]).float().cpu()
             self.recorder.step(self.step, [loss, rate, gradient, time.monotonic() - began], norms)
         self.step += 1
         self._after_step()

@@ -1,5 +1,6 @@
 """Optimisers written out: each turns the gradient into a change of the parameters, on one vector, in place."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +12,7 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.model.config import Part, part
 
-_AT_ONCE = 2**17  # elements: the five vectors of an Adam step stay in a core's cache
+_AT_ONCE = 2**19  # elements: few enough that the vectors of a piece stay in a cache, enough that calls cost little
 
 Vector = Float[Tensor, "*parameter"]
 Slots = Mapping[str, Vector]
@@ -41,19 +42,43 @@ class Optimizer(Part):
         """Replace a piece of the gradient by the change of the parameters in step `t` (1, 2, ...)."""
         raise InputError(f"{type(self).__name__} does not say how it changes parameters; define change()")
 
-    def step(self, values: Vector, grads: Vector, slots: Slots, *, t: int, rate: float, spans: Sequence[slice]) -> None:
+    def step(
+        self,
+        values: Vector,
+        grads: Vector,
+        slots: Slots,
+        *,
+        t: int,
+        rate: float,
+        spans: Sequence[slice],
+        layers: Sequence[slice] = (slice(0, None),),
+    ) -> Float[Tensor, "2 layer"]:
         """One step: `grads` becomes the change, which is added to `values`.
 
         >>> values, grads = torch.tensor([1.0, 2.0]), torch.tensor([0.5, -0.5])
-        >>> SGD(lr=0.1).step(values, grads, {"momentum": torch.zeros(2)}, t=1, rate=0.1, spans=[slice(0, 2)])
+        >>> slots, spans = {"momentum": torch.zeros(2)}, [slice(0, 2)]
+        >>> SGD(lr=0.1).step(values, grads, slots, t=1, rate=0.1, spans=spans)
+        tensor([[2.2361],
+                [0.0707]])
         >>> values, grads
         (tensor([0.9500, 2.0500]), tensor([-0.0500,  0.0500]))
+
+        Returns the norms of each layer's values before the step, and of their change, taken while they are in the
+        cache. The layers follow each other, and the vector begins with the first.
         """
         self.prepare(grads, values, slots, spans)
-        pieces = [vector.split(_AT_ONCE) for vector in (grads, values, *slots.values())]
-        for grad, value, *kept in zip(*pieces, strict=True):
-            self.change(grad, value, dict(zip(slots, kept, strict=True)), t, rate)
-            value.add_(grad)
+        starts = [layer.start for layer in layers] + [len(values)]
+        norms = []
+        for start, stop in itertools.pairwise(starts):
+            pieces = [vector[start:stop].split(_AT_ONCE) for vector in (grads, values, *slots.values())]
+            before, changed = [], []
+            for grad, value, *kept in zip(*pieces, strict=True):
+                before.append(value.norm())
+                self.change(grad, value, dict(zip(slots, kept, strict=True)), t, rate)
+                value.add_(grad)
+                changed.append(grad.norm())
+            norms.append(torch.stack([torch.stack(before).norm(), torch.stack(changed).norm()]))
+        return torch.stack(norms, dim=1)
 
 
 @dataclass(frozen=True)
