@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from hooklens.core.errors import InputError
 from hooklens.core.hooks import HookedPart, HookPoint
 from hooklens.model.config import DividedScaling, HookedTransformerConfig, Rotary, VectorEmbed
-from hooklens.model.linear import Linear
+from hooklens.model.linear import GradientVector, Linear
 
 Stream = Float[Tensor, "batch pos d_model"]
 Angles = Float[Tensor, "*batch pos turned"]
@@ -46,7 +46,7 @@ class TokenEmbedding(Embedding):
 
 
 @contextmanager
-def row_gradients() -> Iterator[None]:
+def row_gradients(into: GradientVector | None = None) -> Iterator[None]:
     """A `with` block, around a backward pass, that adds gradients of embedded tokens to their rows at its end.
 
     >>> embedding = Embedding(9, 2)
@@ -57,6 +57,7 @@ def row_gradients() -> Iterator[None]:
             [2., 2.]])
 
     Autograd would write a gradient of the whole vocabulary for it, and add that to the gradient of the unembedding.
+    Where products write to `into`, the rows of a shared weight are added there.
     """
     kept: list[Collected] = []
     block = object()
@@ -68,9 +69,11 @@ def row_gradients() -> Iterator[None]:
         _open_blocks.discard(block)
         _row_gradients.reset(token)
     for weight, tokens, grad in kept:
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        weight.grad.index_add_(0, tokens.flatten(), grad.flatten(0, -2))
+        if into is not None and id(weight) in into.written:
+            total = into.of[id(weight)]
+        else:
+            weight.grad = total = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        total.index_add_(0, tokens.flatten(), grad.flatten(0, -2))
 
 
 class _Rows(torch.autograd.Function):

@@ -7,7 +7,7 @@ block.
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ _FEWEST_ROWS = 16
 _WORTH_MEASURING = 2**19
 # The least multiplications for which a product in a step of training goes to oneDNN: below, the call costs more.
 _WORTH_ONEDNN = 2**26
-_faster_gradients: ContextVar[bool] = ContextVar("hooklens_faster_gradients", default=False)
+_faster_gradients: "ContextVar[GradientVector | None]" = ContextVar("hooklens_faster_gradients", default=None)
 _open_gradients: set[object] = set()  # checked first: code outside every block compiles whole
 _vector_gains: dict[tuple[torch.Size, torch.dtype], float] = {}
 
@@ -56,7 +56,7 @@ class Linear(nn.Linear):
             packed = packs.weight_of(self, x)
             if packed is not None:
                 return packed_product(x, packed, self.bias)
-        if _open_gradients and _faster_gradients.get() and _worth_it(x, self.weight):
+        if _open_gradients and _faster_gradients.get() is not None and _worth_it(x, self.weight):
             return _Product.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
@@ -130,8 +130,30 @@ def packed_product(
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
+class GradientVector:
+    """Where products write the gradients of their weights; `of` maps the id of a weight to its part of a vector."""
+
+    def __init__(self, of: Mapping[int, Float[Tensor, "..."]]):
+        self.of = of
+        self.written: set[int] = set()
+
+    def add(
+        self, weight: Float[Tensor, "d_out d_in"], grad: Float[Tensor, "row d_out"], x: Float[Tensor, "row d_in"]
+    ) -> Float[Tensor, "d_out d_in"] | None:
+        """Add a product's gradient to the vector; returned instead if the weight has no part there."""
+        part = self.of.get(id(weight))
+        if part is None:
+            return grad.T @ x
+        if id(weight) in self.written:
+            part.addmm_(grad.T, x)
+        else:
+            torch.mm(grad.T, x, out=part)
+            self.written.add(id(weight))
+        return None
+
+
 @contextmanager
-def faster_gradients(enabled: bool) -> Iterator[None]:
+def faster_gradients(enabled: bool, into: GradientVector | None = None) -> Iterator[None]:
     """A `with` block in which large float32 products on the CPU, and their gradients, are computed by oneDNN.
 
     >>> layer, x = Linear(8, 8), torch.ones(2, 8)
@@ -140,10 +162,10 @@ def faster_gradients(enabled: bool) -> Iterator[None]:
     True
 
     It computes from the weight as it lies in memory, so nothing has to be packed after each change of the weights. The
-    gradients cannot be differentiated again.
+    gradients cannot be differentiated again. Those of weights are written to `into`, and not to `weight.grad`.
     """
-    block = object()
-    token = _faster_gradients.set(enabled and _measured(packs=False) > 0)
+    block, chosen = object(), GradientVector({}) if into is None else into
+    token = _faster_gradients.set(chosen if enabled and _measured(packs=False) > 0 else None)
     _open_gradients.add(block)
     try:
         yield
@@ -160,6 +182,7 @@ class _Product(torch.autograd.Function):
         ctx: Any, x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, "d_out"] | None
     ) -> Float[Tensor, "... d_out"]:
         ctx.save_for_backward(x, weight)
+        ctx.weight, ctx.into = weight, _faster_gradients.get()
         return packed_product(x, weight, bias)
 
     @staticmethod
@@ -172,7 +195,7 @@ class _Product(torch.autograd.Function):
         of_x, of_weight, of_bias = ctx.needs_input_grad
         return (
             packed_product(grad, weight.T, None) if of_x else None,
-            rows.T @ x.flatten(0, -2) if of_weight else None,
+            ctx.into.add(ctx.weight, rows, x.flatten(0, -2)) if of_weight else None,
             rows.sum(0) if of_bias else None,
         )
 

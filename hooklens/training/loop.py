@@ -25,7 +25,7 @@ from hooklens.core.progress_bar import progress
 from hooklens.data.batches import Batch, TrainingData, drawn_for
 from hooklens.model.dropout import dropout_masks
 from hooklens.model.embed import row_gradients
-from hooklens.model.linear import faster_gradients, faster_gradients_pay
+from hooklens.model.linear import GradientVector, faster_gradients, faster_gradients_pay
 from hooklens.pretrained.checkpoint import save
 from hooklens.training.divergence import Diverged, LossWatch, divergence_message
 from hooklens.training.parameter_vector import ParameterVector
@@ -145,6 +145,7 @@ class _Training:
         self.vector = ParameterVector(model)
         self.spans = list(self.vector.slices.values())
         self.grads = torch.zeros_like(self.vector.values)
+        self.grad_views = self.vector.views(self.grads)
         self.slots = {name: torch.zeros_like(self.vector.values) for name in settings.optimizer.kept}
         self.masks = torch.Generator(self.vector.values.device)
         self.evaluations = settings.evaluation_steps(steps)
@@ -310,23 +311,24 @@ class _Training:
         size = -(-len(rows) // self.settings.accumulate)
         seed = drawn_for(self.settings.seed, f"dropout {self.step}").initial_seed()
         summed = torch.zeros((), dtype=torch.float64, device=self.vector.values.device)
+        into = GradientVector({id(self.vector.parameters[name]): view for name, view in self.grad_views.items()})
         for start in range(0, len(rows), size):
             # Every pass draws the masks of the whole batch again, from the seed and the step only.
             self.masks.manual_seed(seed)
             masks = dropout_masks(self.masks, first_row=first_row + start, n_rows=n_rows)
-            with torch.enable_grad(), masks, self._faster_gradients():
+            with torch.enable_grad(), masks, self._faster_gradients(into):
                 part = self._losses_of(rows.rows(start, start + size)).sum() / total
                 part.backward()
             summed += part.detach()
-        self.vector.gather_gradients(self.grads)
+        self.vector.gather_gradients(self.grads, into.written)
         self.group.sum(self.grads)
         return float(self.group.sum(summed))
 
     @contextlib.contextmanager
-    def _faster_gradients(self) -> Iterator[None]:
+    def _faster_gradients(self, into: GradientVector) -> Iterator[None]:
         # On a GPU the order in which rows are added is not fixed.
-        rows = row_gradients() if self.vector.values.device.type == "cpu" else contextlib.nullcontext()
-        with faster_gradients(self.products == "oneDNN"), rows:
+        rows = row_gradients(into) if self.vector.values.device.type == "cpu" else contextlib.nullcontext()
+        with faster_gradients(self.products == "oneDNN", into), rows:
             yield
 
     def _losses_of(self, batch: Batch) -> Float[Tensor, "target"]:

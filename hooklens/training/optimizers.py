@@ -138,11 +138,12 @@ class Adam(Optimizer):
         beta1, beta2 = self.betas
         first.lerp_(grads, 1 - beta1)
         second.mul_(beta2).addcmul_(grads, grads, value=1 - beta2)
-        # (first / (1 - beta1^t)) / (sqrt(second / (1 - beta2^t)) + eps), with one division of vectors
+        # (first / (1 - beta1^t)) / (sqrt(second / (1 - beta2^t)) + eps), in as few passes as there are
+        root = (1 - beta2**t) ** 0.5
         torch.sqrt(second, out=grads)
-        grads.div_((1 - beta2**t) ** 0.5).add_(self.eps)
+        grads.add_(self.eps * root)
         torch.div(first, grads, out=grads)
-        grads.mul_(-rate / (1 - beta1**t))
+        grads.mul_(-rate * root / (1 - beta1**t))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """All trained parameters as one vector: optimisers, norms, clipping and checkpoints work on it in a few calls."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from jaxtyping import Float
@@ -57,15 +57,21 @@ class ParameterVector:
         """The part of each layer in a vector of this layout."""
         return [vector[where] for where in self.layers.values()]
 
-    def gather_gradients(self, out: Vector) -> None:
-        """Copy the gradients into a vector and release them; a parameter without one counts as zero."""
+    def gather_gradients(self, out: Vector, written: Collection[int] = ()) -> None:
+        """Copy the gradients into a vector and release them; a parameter without one counts as zero.
+
+        What the vector holds of parameters whose id is in `written` stays, and their gradients are added to it.
+        """
         views = self.views(out)
         for name, parameter in self.parameters.items():
-            if parameter.grad is None:
+            if parameter.grad is None and id(parameter) not in written:
                 views[name].zero_()
-        gradients = {name: parameter.grad for name, parameter in self.parameters.items() if parameter.grad is not None}
-        if gradients:
-            torch._foreach_copy_([views[name] for name in gradients], list(gradients.values()))
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        copied = [name for name in gradients if id(self.parameters[name]) not in written]
+        if copied:
+            torch._foreach_copy_([views[name] for name in copied], [gradients[name] for name in copied])
+        for name in gradients.keys() - copied:
+            views[name].add_(gradients[name])
         self.clear_gradients()
 
     def clear_gradients(self) -> None:

@@ -11,9 +11,10 @@ import hooklens as hl
 from hooklens.data.modular import modular_arithmetic
 from hooklens.model import linear
 from hooklens.model.embed import row_gradients
-from hooklens.model.linear import Linear, faster_gradients
+from hooklens.model.linear import GradientVector, Linear, faster_gradients
 from hooklens.testing import tiny_model
 from hooklens.training import loop
+from hooklens.training.parameter_vector import ParameterVector
 from hooklens.training.training_settings import Settings
 
 TOKENS = torch.tensor([[1, 2, 1, 3], [4, 4, 4, 0]])
@@ -44,6 +45,26 @@ def test_gradients_are_those_of_autograd(monkeypatch, tied, dtype):
 
 
 @needs_packing
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_of_several_passes_are_written_to_one_vector(monkeypatch, tied):
+    monkeypatch.setattr(linear, "_WORTH_ONEDNN", 100)  # the products of the readout and of the MLP
+    model = tiny_model(tie_word_embeddings=tied)
+    vector = ParameterVector(model)
+    grads = torch.full_like(vector.values, 7.0)
+    views = vector.views(grads)
+    into = GradientVector({id(vector.parameters[name]): view for name, view in views.items()})
+    for row in TOKENS:
+        with faster_gradients(True, into), row_gradients(into):
+            model(row[None]).square().sum().backward()
+    assert 0 < len(into.written) < len(views)
+    vector.gather_gradients(grads, into.written)
+    plain = gradients(model, faster=False)
+    largest = max(float(grad.abs().max()) for grad in plain.values())
+    bound = 100 * torch.finfo(torch.float32).eps * largest
+    assert all(float((views[name] - plain[name]).abs().max()) < bound for name in plain)
+
+
+@needs_packing
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24), (1, 1, 24)])
 def test_products_and_their_gradients_agree(monkeypatch, bias, shape):
@@ -71,9 +92,9 @@ def test_a_frozen_embedding_gets_no_gradient():
 def test_a_resumed_run_keeps_the_products_that_it_began_with(monkeypatch, tmp_path, began):
     seen = []
 
-    def note(enabled):
+    def note(enabled, into):
         seen.append(enabled)
-        return faster_gradients(enabled)
+        return faster_gradients(enabled, into)
 
     monkeypatch.setattr(loop, "faster_gradients", note)
     data, settings = modular_arithmetic(p=5, fraction=0.8), Settings(batch=4, schedule="constant")
