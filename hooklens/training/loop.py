@@ -144,9 +144,9 @@ class _Training:
         self.folder, self.group = folder, group
         self.vector = ParameterVector(model)
         self.spans = list(self.vector.slices.values())
-        self.grads = torch.zeros_like(self.vector.values)
+        self.grads = self.vector.zeros()
         self.grad_views = self.vector.views(self.grads)
-        self.slots = {name: torch.zeros_like(self.vector.values) for name in settings.optimizer.kept}
+        self.slots = {name: self.vector.zeros() for name in settings.optimizer.kept}
         self.masks = torch.Generator(self.vector.values.device)
         self.evaluations = settings.evaluation_steps(steps)
         self.checkpoints = set(settings.checkpoint_steps(steps))

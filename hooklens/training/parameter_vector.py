@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooklens.core.allocator import long_zeros
 from hooklens.core.errors import InputError
 
 _ALIGNMENT = 64  # bytes: matrix kernels may add in another order on memory aligned otherwise
@@ -44,10 +45,14 @@ class ParameterVector:
             self.slices[name] = slice(start, stop)
             layer = layer_of(name)
             self.layers[layer] = slice(self.layers[layer].start if layer in self.layers else start, stop)
-        self.values = torch.zeros(stop, dtype=first.dtype, device=first.device)
+        self.values = long_zeros(stop, dtype=first.dtype, device=first.device)
         for name, view in self.views(self.values).items():
             view.copy_(self.parameters[name].detach())
             self.parameters[name].data = view
+
+    def zeros(self) -> Vector:
+        """Another vector of this layout, such as a gradient."""
+        return long_zeros(len(self.values), dtype=self.values.dtype, device=self.values.device)
 
     def views(self, vector: Vector) -> dict[str, Tensor]:
         """The part of each parameter in a vector of this layout, in the parameter's shape."""
