@@ -107,12 +107,17 @@ def train(
 
 def _task(task: str | None, settings: Path | None, out: Path | None) -> dict[str, Any]:
     """The first entries of the table [data] for this argument; none where a file of settings has them."""
-    from hooklens.training.run_folder import RECIPE
+    from hooklens.training.run_folder import RECIPE, RunFolder
     from hooklens.training.run_recipe import TASKS
 
     if task is None:
         if settings is None and (out is None or not os.path.isfile(out / RECIPE)):
             known = ", ".join(name for name in TASKS if name != "text")
+            if out is not None and RunFolder(out).exists:
+                raise InputError(
+                    f"{str(out)!r} holds a run without {RECIPE}, such as one that hl.train began in Python; the same "
+                    "call there goes on with it"
+                )
             raise ArgumentError("give {task}, one of {0}, or a text file; or --settings, or --out with a run", known)
         return {}
     if task in TASKS and task != "text":

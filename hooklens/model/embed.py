@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from hooklens.core.errors import InputError
 from hooklens.core.hooks import HookedPart, HookPoint
 from hooklens.model.config import DividedScaling, HookedTransformerConfig, Rotary, VectorEmbed
-from hooklens.model.linear import GradientVector, Linear
+from hooklens.model.linear import GradientVector, Linear, has_gradient_hooks
 
 Stream = Float[Tensor, "batch pos d_model"]
 Angles = Float[Tensor, "*batch pos turned"]
@@ -40,7 +40,7 @@ class TokenEmbedding(Embedding):
         self.scale = cfg.embed.scale
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Stream:
-        is_collected = _open_blocks and _row_gradients.get() is not None
+        is_collected = _open_blocks and _row_gradients.get() is not None and not has_gradient_hooks(self.weight)
         rows = _Rows.apply(self.weight, tokens) if is_collected else super().forward(tokens)
         return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)
 

@@ -200,9 +200,22 @@ class _Product(torch.autograd.Function):
         )
 
 
+def has_gradient_hooks(weight: Float[Tensor, "..."]) -> bool:
+    """Whether hooks on the weight's gradient expect that autograd computes it.
+
+    >>> weight = nn.Parameter(torch.ones(2, 2))
+    >>> handle = weight.register_hook(lambda grad: grad * 0)
+    >>> has_gradient_hooks(weight), has_gradient_hooks(nn.Parameter(torch.ones(2, 2)))
+    (True, False)
+    """
+    return bool(weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None))
+
+
 def _worth_it(x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_out d_in"]) -> bool:
     """Whether a product of a step of training is large enough, and one that oneDNN computes."""
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu" or not x.numel():
+        return False
+    if has_gradient_hooks(weight):
         return False
     return x.numel() * len(weight) >= _WORTH_ONEDNN and x.ndim > 1 and not torch.is_autocast_enabled("cpu")
 
@@ -298,7 +311,7 @@ def packing_gain(rows: int = 240) -> float:
 
 def faster_gradients_pay() -> bool:
     """Whether oneDNN multiplies by a weight as it lies in memory faster than torch does here; measured once."""
-    return os.environ.get(ENV, "1") != "0" and _measured(packs=False) > 1.1
+    return os.environ.get(ENV, "1") != "0" and _measured(packs=False) > 1
 
 
 def vector_pays(weights: Sequence[Float[Tensor, "d_out d_in"]]) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from hooklens.core.allocator import keep_freed_pages
 from hooklens.core.arguments import check_call, whole
 from hooklens.core.envelope import digest
-from hooklens.core.errors import HooklensError, Unavailable
+from hooklens.core.errors import HooklensError, InputError, Unavailable
 from hooklens.core.fingerprint import raw_bytes
 from hooklens.core.progress_bar import progress
 from hooklens.data.batches import Batch, TrainingData, drawn_for
@@ -124,6 +124,7 @@ def _run(
             advance(1, f"loss {loss:.4g}")
             if after_step is not None:
                 after_step(training.step, loss)
+                training.check_parameters()
             over, stopped = training.group.any(training.is_over(), interrupted())
         if over:
             training.keep_checkpoint()  # the last model of a run that stops early
@@ -374,6 +375,15 @@ class _Training:
             self.flushed = now
         if now > self.save_at:
             self.save_state()
+
+    def check_parameters(self) -> None:
+        """Raise if the caller gave a parameter other memory: it would stay as it is, and the run would not notice."""
+        name = self.vector.replaced()
+        if name is not None:
+            raise InputError(
+                f"after step {self.step}, {name} is no longer the parameter that is trained: it was replaced, moved, "
+                "cast or frozen. Change weights in place, as in weight.data.clamp_(-1, 1); freeze them before training"
+            )
 
     def keep_checkpoint(self) -> None:
         """Write the model as it is, unless its weights are no numbers: then the run has diverged."""

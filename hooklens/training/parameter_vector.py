@@ -49,6 +49,19 @@ class ParameterVector:
         for name, view in self.views(self.values).items():
             view.copy_(self.parameters[name].detach())
             self.parameters[name].data = view
+        places = ((name, name.rpartition(".")) for name in self.parameters)
+        self._places = {
+            name: (module.get_submodule(owner), key, self.parameters[name], self.parameters[name].data_ptr())
+            for name, (owner, _, key) in places
+        }
+
+    def replaced(self) -> str | None:
+        """The name of a parameter that is no longer a view of the vector, or no longer trained; None if all are."""
+        for name, (owner, key, parameter, address) in self._places.items():
+            now = owner._parameters.get(key)
+            if now is not parameter or not parameter.requires_grad or parameter.data_ptr() != address:
+                return name
+        return None
 
     def zeros(self) -> Vector:
         """Another vector of this layout, such as a gradient."""

@@ -9,7 +9,9 @@ from test_cli import invoke
 import hooklens as hl
 from hooklens import cli
 from hooklens.core.errors import Unavailable
+from hooklens.testing import tiny_model
 from hooklens.training.run_recipe import TASKS, Recipe, read_recipe
+from hooklens.training.training_settings import Settings
 
 TINY = ["--layers", 1, "--d-model", 8, "--heads", 2, "--batch", 4, "--steps", 3]
 
@@ -257,3 +259,10 @@ def test_a_value_of_a_wrong_type_is_told_with_its_table_and_leaves_no_settings(s
     by_annotation = "TypeCheckError" in done.stderr  # where annotations are executed, they speak first
     assert by_annotation or (done.exit_code == cli.BAD_INPUT and says in done.stderr), done.stderr
     assert not (tmp_path / "run" / "settings.toml").exists()
+
+
+def test_a_run_of_python_was_said_to_be_none(tmp_path):
+    data = hl.data.modular_arithmetic(p=5, fraction=0.8)
+    hl.train(tiny_model(d_vocab=data.d_vocab), data, steps=2, out=tmp_path / "run", settings=Settings(batch=4))
+    done = invoke("train", "--out", tmp_path / "run")
+    assert done.exit_code == 2 and "holds a run without settings.toml" in done.output.replace("\n", " ")

@@ -14,6 +14,7 @@ from hooklens.model.embed import row_gradients
 from hooklens.model.linear import GradientVector, Linear, faster_gradients
 from hooklens.testing import tiny_model
 from hooklens.training import loop
+from hooklens.training.optimizers import SGD
 from hooklens.training.parameter_vector import ParameterVector
 from hooklens.training.training_settings import Settings
 
@@ -85,6 +86,25 @@ def test_a_frozen_embedding_gets_no_gradient():
     with row_gradients():
         model(TOKENS).sum().backward()
     assert model.embed.weight.grad is None and model.unembed.linear.weight.grad is not None
+
+
+@needs_packing
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_on_a_gradient_sees_all_of_it(monkeypatch, tied, register):
+    monkeypatch.setattr(linear, "_WORTH_ONEDNN", 0)
+    monkeypatch.setattr(loop, "faster_gradients_pay", lambda: True)
+    data = modular_arithmetic(p=5, fraction=0.8)
+    model = tiny_model(d_vocab=data.d_vocab, tie_word_embeddings=tied)
+    before = model.embed.weight.detach().clone()
+
+    def zero(parameter):
+        parameter.grad.zero_()
+
+    hook = (lambda grad: grad * 0) if register == "register_hook" else zero
+    getattr(model.embed.weight, register)(hook)
+    hl.train(model, data, steps=3, settings=Settings(batch=4, optimizer=SGD(lr=0.3)))
+    assert torch.equal(model.embed.weight, before)
 
 
 @needs_packing

@@ -198,3 +198,31 @@ def test_random_numbers_drawn_between_steps_change_nothing(tmp_path):
     state = torch.get_rng_state()
     train(model(dropout=0.2), DATA, steps=3, out=tmp_path / "other", settings=SETTINGS)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def clamp(model):
+    weight = model.blocks[0].mlp.out.weight
+    weight.data = weight.data.clamp(-1, 1)
+
+
+def replace(model):
+    layer = model.blocks[0].mlp.out
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+
+
+@pytest.mark.parametrize(
+    "change", [clamp, replace, lambda model: model.double(), lambda model: model.requires_grad_(False)]
+)
+def test_parameters_that_are_replaced_between_steps_stop_the_run(change):
+    data = modular_arithmetic(p=5, fraction=0.8)
+    model = tiny_model(d_vocab=data.d_vocab)
+    with pytest.raises(InputError, match=r"after step 1, .* is no longer the parameter that is trained"):
+        train(model, data, steps=3, settings=Settings(batch=4), after_step=lambda step, loss: change(model))
+
+
+def test_parameters_may_be_changed_in_place_between_steps():
+    data = modular_arithmetic(p=5, fraction=0.8)
+    model = tiny_model(d_vocab=data.d_vocab)
+    weight = model.blocks[0].mlp.out.weight
+    train(model, data, steps=3, settings=Settings(batch=4), after_step=lambda *_: weight.data.clamp_(-0.01, 0.01))
+    assert float(weight.detach().abs().max()) <= 0.01
