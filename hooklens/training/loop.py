@@ -151,7 +151,7 @@ class _Training:
         self.masks = torch.Generator(self.vector.values.device)
         self.evaluations = settings.evaluation_steps(steps)
         self.checkpoints = set(settings.checkpoint_steps(steps))
-        self.step = 0
+        self.step = self.n_positions = 0
         self.watch = LossWatch()
         self.recorder: Recorder | None = None
         self.taker: SnapshotTaker | None = None
@@ -251,7 +251,7 @@ class _Training:
             yield
             return
         board = TensorBoardLog(self.folder.path, list(self.vector.layers), self.step) if tensorboard else None
-        n_positions = batch.counts.shape[1]
+        n_positions = self.n_positions = max(batch.counts.shape[1], self.data.n_positions)  # rows may grow later
         layers = list(self.vector.layers)
         self.recorder = Recorder(self.folder.path, layers, n_positions, keep=self.step, rows=self.rows)
         self.recorder.tensorboard = board
@@ -365,7 +365,7 @@ class _Training:
         if self.recorder is None:
             return
         if self.step in self.evaluations:
-            losses = list(self._held_out_losses())
+            losses = [_filled(some, self.n_positions) for some in self._held_out_losses()]
             self.recorder.evaluation(self.step, torch.cat(losses) if losses else None)
         if self.step in self.checkpoints:
             self.keep_checkpoint()
@@ -422,6 +422,11 @@ class _Training:
         self.folder.save_state(content, {"values": self.vector.values, **self.slots})
         now = time.monotonic()
         self.save_at = now + max(_SAVE_EVERY, _SAVE_SHARE * (now - began))
+
+
+def _filled(losses: Float[Tensor, "row pos"], n_positions: int) -> Float[Tensor, "row all_pos"]:
+    """Losses of the width of the longest rows: NaN where shorter ones end."""
+    return torch.nn.functional.pad(losses, (0, n_positions - losses.shape[1]), value=float("nan"))
 
 
 @contextlib.contextmanager

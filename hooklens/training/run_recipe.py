@@ -123,7 +123,7 @@ class Recipe:
         """The untrained model, with the tokenizer of the data."""
         from hooklens.model.transformer import HookedTransformer
 
-        derived: dict[str, Any] = {"n_ctx": data.batch(0, 1).inputs.shape[1]}
+        derived: dict[str, Any] = {"n_ctx": data.n_positions}
         if hasattr(data, "d_in"):  # vectors in, one number out
             derived |= {"embed": {"part": "vectors", "d_in": data.d_in}, "d_vocab": 1, "d_vocab_out": 1}
         else:
