@@ -15,7 +15,7 @@ from hooklens.core.arguments import seed_number, seeded, whole
 from hooklens.core.errors import ArgumentError, did_you_mean
 from hooklens.data.batches import Batch, TrainingData, epoch_rows
 
-_SIGNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"+": torch.add, "-": torch.sub, "x": torch.mul}
+SIGNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"+": torch.add, "-": torch.sub, "x": torch.mul}
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,13 @@ class Modular(TrainingData):
         n = n_trained(self.p, self.fraction)
         return every[:n], every[n:]
 
+    def answers(self, pairs: Int[Tensor, "some 2"]) -> Int[Tensor, "some"]:
+        """The answer of each pair."""
+        return SIGNS[self.operation](pairs[:, 0], pairs[:, 1]) % self.p
+
     def examples(self, pairs: Int[Tensor, "pair 2"]) -> Batch:
         """Prompts "a b =" with the answer at the last position, the only one that counts."""
-        answers = _SIGNS[self.operation](pairs[:, 0], pairs[:, 1]) % self.p
+        answers = self.answers(pairs)
         inputs = torch.cat([pairs, torch.full_like(pairs[:, :1], self.p)], 1)
         counts = torch.zeros(inputs.shape, dtype=torch.bool)
         counts[:, -1] = True
@@ -92,7 +96,7 @@ def n_trained(p: int, fraction: float) -> int:
     >>> n_trained(113, 0.3), n_trained(10, 0.29)          # 3830.7, and 29 that a product of floats just misses
     (3830, 29)
     """
-    return math.floor(round(fraction * p**2, 6))
+    return share_of(p**2, fraction)
 
 
 def modular_arithmetic(
@@ -108,12 +112,30 @@ def modular_arithmetic(
     """
     whole("p", p, 2)
     seed_number(seed)
-    if operation not in _SIGNS:
-        raise did_you_mean("operation", operation, _SIGNS)
+    if operation not in SIGNS:
+        raise did_you_mean("operation", operation, SIGNS)
+    return Modular(p, operation, check_fraction(fraction, p**2), seed)
+
+
+def check_fraction(fraction: Any, n_pairs: int) -> float:
+    """Return the share of pairs to train on, which must leave at least one pair to train on.
+
+    >>> check_fraction(1, 25)
+    1.0
+    """
     good = isinstance(fraction, Real) and not isinstance(fraction, bool)
-    if not good or not 0 < fraction <= 1 or n_trained(p, fraction) < 1:
+    if not good or not 0 < fraction <= 1 or share_of(n_pairs, fraction) < 1:
         raise ArgumentError(
             "{fraction} is the share of all {0} pairs to train on, above 0, at most 1, and at least one pair; got {1}",
-            *(p**2, f"{fraction!r:.60}"),
+            *(n_pairs, f"{fraction!r:.60}"),
         )
-    return Modular(p, operation, float(fraction), seed)
+    return float(fraction)
+
+
+def share_of(n_pairs: int, fraction: float) -> int:
+    """A share of a number of pairs, rounded down.
+
+    >>> share_of(100, 0.29)          # 29 that a product of floats just misses
+    29
+    """
+    return math.floor(round(fraction * n_pairs, 6))

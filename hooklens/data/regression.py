@@ -72,17 +72,7 @@ class InContextRegression(TrainingData):
 
     def tokens(self, x: Float[Tensor, "task point d"], y: Float[Tensor, "task point"]) -> Batch:
         """The batch that shows these points."""
-        if not self.interleaved:
-            tokens = torch.cat([x, y[..., None]], -1)
-            tokens[:, -1, -1] = 0
-            counts = torch.zeros(y.shape, dtype=torch.bool)
-            counts[:, -1] = True
-            return Batch(tokens, y[..., None], counts)
-        tokens = x.new_zeros(len(x), 2 * x.shape[1], self.d_in)
-        tokens[:, ::2, : self.d], tokens[:, 1::2, self.d] = x, y
-        targets, counts = torch.zeros(tokens.shape[:2]), torch.zeros(tokens.shape[:2], dtype=torch.bool)
-        targets[:, ::2], counts[:, ::2] = y, True
-        return Batch(tokens[:, :-1], targets[:, :-1, None], counts[:, :-1])
+        return interleaved_tokens(x, y) if self.interleaved else regression_tokens(x, y)
 
     def points_at(self, step: int) -> int:
         """How many examples the rows of a step have."""
@@ -130,6 +120,36 @@ class InContextRegression(TrainingData):
             "interleaved": self.interleaved,
             "seed": self.seed,
         } | of_range
+
+
+def regression_tokens(x: Float[Tensor, "task point d"], y: Float[Tensor, "task point"]) -> Batch:
+    """One token (x, y) for each point; the last one, whose y is the answer, shows 0 in its place.
+
+    >>> regression_tokens(torch.tensor([[[1.0], [2.0]]]), torch.tensor([[3.0, 6.0]])).inputs
+    tensor([[[1., 3.],
+             [2., 0.]]])
+    """
+    tokens = torch.cat([x, y[..., None]], -1)
+    tokens[:, -1, -1] = 0
+    counts = torch.zeros(y.shape, dtype=torch.bool)
+    counts[:, -1] = True
+    return Batch(tokens, y[..., None], counts)
+
+
+def interleaved_tokens(x: Float[Tensor, "task point d"], y: Float[Tensor, "task point"]) -> Batch:
+    """A token (x, 0) and a token (0, y) for each point, asked for y at every x; the last y is not shown.
+
+    >>> interleaved_tokens(torch.tensor([[[1.0], [2.0]]]), torch.tensor([[3.0, 6.0]])).inputs
+    tensor([[[1., 0.],
+             [0., 3.],
+             [2., 0.]]])
+    """
+    n_tasks, n_points, d = x.shape
+    tokens = x.new_zeros(n_tasks, 2 * n_points, d + 1)
+    tokens[:, ::2, :d], tokens[:, 1::2, d] = x, y
+    targets, counts = torch.zeros(tokens.shape[:2]), torch.zeros(tokens.shape[:2], dtype=torch.bool)
+    targets[:, ::2], counts[:, ::2] = y, True
+    return Batch(tokens[:, :-1], targets[:, :-1, None], counts[:, :-1])
 
 
 def in_context_regression(
