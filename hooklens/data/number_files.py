@@ -29,7 +29,7 @@ _FLOAT32 = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
-class RegressionPrompts(TrainingData):
+class RegressionFile(TrainingData):
     """Regression prompts of a file, as tokens (x_i, y_i) and a query (x, 0); a share of the prompts is held out.
 
     `x` and `y` are the numbers of the file, with the query as the last point of every prompt.
@@ -146,7 +146,7 @@ class ModularTriples(Modular):
         return super().identity() | {"task": "modular triples", "triples": fingerprint(self.triples)}
 
 
-def regression_prompts(source: str | os.PathLike, *, held_out: float = 0.1, seed: int = 0) -> RegressionPrompts:
+def regression_prompts(source: str | os.PathLike, *, held_out: float = 0.1, seed: int = 0) -> RegressionFile:
     """Regression prompts from a comma-separated file with the header prompt, x1 to xd, y.
 
     A row is one point. The rows of a prompt stand together under one name in the column prompt, all prompts have the
@@ -182,7 +182,7 @@ def regression_prompts(source: str | os.PathLike, *, held_out: float = 0.1, seed
     _check_length(path, lengths, names, line)
     table = torch.frombuffer(numbers, dtype=torch.float64).float().view(len(lengths), lengths[0], width - 1)
     x, y = table[..., :-1].contiguous(), table[..., -1].contiguous()
-    return RegressionPrompts(path.name, x, y, held_out, seed=seed)
+    return RegressionFile(path.name, x, y, held_out, seed=seed)
 
 
 def modular_triples(
