@@ -1,0 +1,69 @@
+"""In-context learning of linear regression, compared with gradient descent and other learners."""
+
+from hooklens.plugins.algorithmic.icl.attention_regression import AttentionRegression, regress_attention
+from hooklens.plugins.algorithmic.icl.best_steps import (
+    BestStep,
+    best_constant_steps,
+    best_gd_plus_plus,
+    best_preconditioner,
+    best_step,
+    best_step_schedules,
+)
+from hooklens.plugins.algorithmic.icl.constructions import FirstKeys, construct_descent
+from hooklens.plugins.algorithmic.icl.expected_errors import DepthGap, ExpectedError, expected_error, measure_depth_gap
+from hooklens.plugins.algorithmic.icl.input_moments import (
+    InputMoments,
+    independent_moments,
+    moments_of,
+    normal_moments,
+    uniform_moments,
+)
+from hooklens.plugins.algorithmic.icl.learner_comparison import LearnerComparison, compare_learners, sensitivity_of
+from hooklens.plugins.algorithmic.icl.learners import (
+    Averaging,
+    GDPlusPlus,
+    GradientDescent,
+    Learner,
+    LeastSquares,
+    PreconditionedStep,
+    Ridge,
+    Zero,
+)
+from hooklens.plugins.algorithmic.icl.regression_prompts import RegressionPrompts, draw_prompts, predict, prompts_of
+
+__all__ = [
+    "AttentionRegression",
+    "Averaging",
+    "BestStep",
+    "DepthGap",
+    "ExpectedError",
+    "FirstKeys",
+    "GDPlusPlus",
+    "GradientDescent",
+    "InputMoments",
+    "Learner",
+    "LearnerComparison",
+    "LeastSquares",
+    "PreconditionedStep",
+    "RegressionPrompts",
+    "Ridge",
+    "Zero",
+    "best_constant_steps",
+    "best_gd_plus_plus",
+    "best_preconditioner",
+    "best_step",
+    "best_step_schedules",
+    "compare_learners",
+    "construct_descent",
+    "draw_prompts",
+    "expected_error",
+    "independent_moments",
+    "measure_depth_gap",
+    "moments_of",
+    "normal_moments",
+    "predict",
+    "prompts_of",
+    "regress_attention",
+    "sensitivity_of",
+    "uniform_moments",
+]

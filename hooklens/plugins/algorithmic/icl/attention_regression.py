@@ -1,0 +1,124 @@
+"""Is a head's attention at the query a linear function of the inner products of points?"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.core.arguments import whole
+from hooklens.core.errors import did_you_mean
+from hooklens.data.regression import in_context_regression
+from hooklens.model.config import VectorEmbed
+from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.algorithmic.icl.regression_prompts import RegressionPrompts, draw_prompts, need_regression
+from hooklens.plugins.weights.needs import Needs
+from hooklens.results.result import Result
+
+AtQuery = Float[Tensor, "task point"]
+Square = Float[Tensor, "point point"]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionRegression(Result):
+    """Scores A = q k / scale of the query's row against <x_i, x_query>, and both matrices of the first prompt.
+
+    `r2` counts all variance of the scores; `r2_within` the variance between points of the same prompt, which is all
+    that a softmax sees. `random_r2` is that of the products with points of another prompt.
+    """
+
+    head: str
+    slope: float
+    intercept: float
+    r2: float
+    r2_within: float
+    random_r2: float
+    scores: AtQuery
+    products: AtQuery
+    first_scores: Square
+    first_products: Square
+
+    def figure(self) -> Any:
+        """Heat maps of the scores and of the inner products of the first prompt, the query last."""
+        from hooklens.viz.figures import heatmap
+        from hooklens.viz.small_multiples import panels
+
+        axes = {"x_title": "key point", "y_title": "query point"}
+        scores = heatmap(self.first_scores, title=f"Scores of {self.head}", colourbar="score", **axes)
+        return panels([scores, heatmap(self.first_products, title="Inner products", colourbar="product", **axes)])
+
+
+def regress_attention(
+    model: HookedTransformer, prompts: RegressionPrompts, *, layer: int = 0, head: int = 0
+) -> AttentionRegression:
+    """How well do inner products with the query explain the attention scores of a head?
+
+    In one step of gradient descent the score is proportional to <x_i, x_query>: R^2 is 1. Of interleaved prompts the
+    keys are the tokens of the answers, which an earlier layer may have given their point.
+
+    >>> from hooklens.plugins.algorithmic.icl.constructions import construct_descent
+    >>> from hooklens.plugins.algorithmic.icl.learners import GradientDescent
+    >>> prompts = draw_prompts(in_context_regression(d=2, n_points=5), 30)
+    >>> regression = regress_attention(construct_descent(GradientDescent(1.0), 2, 5), prompts)
+    >>> round(regression.slope, 5), round(regression.r2, 5)
+    (1.0, 1.0)
+
+    Reference: von Oswald et al. (2023), proposition 1 and figure 9 (their products of weights, here on activations).
+    """
+    need_regression(model, prompts)
+    if whole("layer", layer) >= model.cfg.n_layers or whole("head", head) >= model.cfg.n_heads:
+        known = [f"L{i}H{j}" for i in range(model.cfg.n_layers) for j in range(model.cfg.n_heads)]
+        raise did_you_mean("head", f"L{layer}H{head}", known)
+    prompts = prompts.to(model.W_U)
+    with torch.no_grad():
+        q, k = _queries_and_keys(model, prompts, layer, head)
+    scale = model.blocks[layer].attn.scale  # type: ignore[union-attr]
+    every, xs = q @ k.mT / scale, torch.cat([prompts.points, prompts.query[:, None]], 1)
+    n, inner = prompts.n_points, xs @ xs.mT
+    if prompts.interleaved:
+        last, first = torch.cat([every[:, -1:, 1::2], every[:, -1:, -1:]], 2), every[0, ::2, ::2]
+    else:
+        last, first = every[:, -1:], every[0]
+    scores, products = last[:, 0, :n], inner[:, -1, :n]
+    slope, intercept, r2 = _line(products, scores)
+    centred = [part - part.mean(1, keepdim=True) for part in (products, scores)]
+    return AttentionRegression(
+        head=f"L{layer}H{head}",
+        slope=slope,
+        intercept=intercept,
+        r2=r2,
+        r2_within=_line(*centred)[2],
+        random_r2=_line(products.roll(1, 0), scores)[2],
+        scores=scores,
+        products=products,
+        first_scores=first,
+        first_products=inner[0],
+    )
+
+
+def _queries_and_keys(
+    model: HookedTransformer, prompts: RegressionPrompts, layer: int, head: int
+) -> tuple[Float[Tensor, "task pos d_head"], Float[Tensor, "task pos d_head"]]:
+    """Queries and keys of a head, after rotation; `hook_attn_scores` is masked, and these are not."""
+    rotary = model.cfg.rotary_at(layer) is not None
+    names = [("rot_q" if rotary else "q", layer), ("rot_k" if rotary else "k", layer)]
+    _, cache = model.run_with_cache(prompts.tokens(), names=names)
+    group = head * model.cfg.n_key_value_heads // model.cfg.n_heads
+    return cache[names[0]][:, :, head], cache[names[1]][:, :, group]
+
+
+def _line(x: AtQuery, y: AtQuery) -> tuple[float, float, float]:
+    """Slope, intercept and R^2 of the line of y on x, over all prompts; NaN where x or y is constant."""
+    dx, dy = x - x.mean(), y - y.mean()
+    covariance, square = (dx * dy).sum(), dx.square().sum()
+    slope = covariance / square
+    return float(slope), float(y.mean() - slope * x.mean()), float(covariance**2 / (square * dy.square().sum()))
+
+
+def demo(model: HookedTransformer) -> AttentionRegression | Needs:
+    """Sixteen prompts of 4 points, if the model reads vectors and answers with one number."""
+    embed = model.cfg.embed
+    if not isinstance(embed, VectorEmbed) or embed.d_in < 2 or model.cfg.d_vocab_out != 1 or model.cfg.n_ctx < 5:
+        return Needs("vectors (x, y) as input and one output")
+    return regress_attention(model, draw_prompts(in_context_regression(d=embed.d_in - 1, n_points=4), 16))
