@@ -206,5 +206,3 @@ def part_of(prompts: RegressionPrompts, start: int, size: int = _AT_ONCE) -> Reg
     rows = slice(start, start + size)
     parts = {name: getattr(prompts, name)[rows] for name in ("points", "answers", "query", "target")}
     return replace(prompts, **parts)
-
-

@@ -12,6 +12,7 @@ from hooklens.core.errors import did_you_mean
 from hooklens.data.regression import InContextRegression, in_context_regression
 from hooklens.model.config import Biases, HookedTransformerConfig, NormalInit, VectorEmbed
 from hooklens.model.transformer import HookedTransformer
+from hooklens.studies.icl_study import ICLStudy, study_in_context
 from hooklens.training.loop import train
 from hooklens.training.optimizers import AdamW
 from hooklens.training.schedules import Cosine
@@ -60,9 +61,10 @@ class PlannedRun:
         )
 
 
+FIXED_RUN = "linear, 10 examples"
 #: Rates, batches and numbers of steps were searched on short runs (docs/log.md).
 PLANNED = (
-    PlannedRun("linear, 10 examples", "one step at a fixed length", "linear", 1, 3000, 512, 1e-2, fixed=True),
+    PlannedRun(FIXED_RUN, "one step at a fixed length", "linear", 1, 3000, 512, 1e-2, fixed=True),
     PlannedRun("linear", "one step for a mixture of lengths", "linear", 1, 4000, 512, 3e-3),
     PlannedRun("softmax", "a kernel smoother", "softmax", 1, 4000, 512, 1e-2),
     PlannedRun("deep", "what six layers with MLPs and norms learn", "softmax", 0, 6000, 64, 2e-3),
@@ -176,13 +178,15 @@ def folder_name(name: str, seed: int, steps: int) -> str:
     return f"{name.replace(', ', '_').replace(' ', '_')}_seed_{seed}_steps_{steps}"
 
 
-def trained_models(runs: Mapping[str, Run], device: Any = None) -> dict[str, HookedTransformer]:
-    """The last checkpoint of every run."""
-    return {name: run.checkpoints()[-1].load(device=device) for name, run in runs.items()}
+def study_runs(runs: Mapping[str, Run], *, tasks: int = 2048, seed: int = 0, device: Any = None) -> ICLStudy:
+    """The study of the last models of these runs, as `train_planned` returns them."""
+    models = {name: run.checkpoints()[-1].load(device=device) for name, run in runs.items()}
+    model = models.pop(FIXED_RUN, None)
+    fixed = None if model is None else (model, in_context_regression(D, FIXED))
+    data = in_context_regression(D, (SHORTEST, LONGEST), inputs="normal")
+    return study_in_context(models, data, fixed=fixed, tasks=tasks, seed=seed)
 
 
 def seconds_of(run: Run) -> float:
     """How long the steps of a run took, also if it was resumed in between."""
     return float(run.steps()["seconds"].sum())
-
-
