@@ -189,8 +189,8 @@ def best_gd_plus_plus(
 ) -> list[GDPlusPlus]:
     """1, 2, ... `depth` steps of GD++ with rates and gammas of their own.
 
-    Searched in the same way; von Oswald et al. (2023), section 4, tune the same numbers. The loss has several minima, so
-    the error found is an upper bound of the best one.
+    Searched in the same way; von Oswald et al. (2023), section 4, tune the same numbers. The loss has several minima,
+    so the error found is an upper bound of the best one.
     """
     spectra, learners = _drawn(data, lengths, draws, seed), list[GDPlusPlus]()
     start = _gentle(data, spectra)

@@ -138,9 +138,7 @@ def _shifts(
         note = "as in training" if real("scales", scale) == 1 else f"points times {scale:g}"
         shifts.append(_Shift(f"scale {scale:g}", note, data, scale))
     for length in lengths:
-        note = (
-            "longer than in training" if whole("lengths", length, 1) > data.n_points else "no longer than in training"
-        )
+        note = "longer than training" if whole("lengths", length, 1) > data.n_points else "no longer than training"
         shifts.append(_Shift(f"{length} examples", note, replace(data, n_points=length)))
     for d in dims:
         more = whole("dims", d, 1) > data.d

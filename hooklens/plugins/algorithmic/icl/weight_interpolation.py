@@ -45,7 +45,7 @@ class WeightProducts(Result):
         return (attention * (tokens @ self.values)).sum(1) + query @ self.direct
 
     def rescaled(self) -> "WeightProducts":
-        """The same function with the mean of the diagonal of `scores` over the point's coordinates moved to `values`."""
+        """The same function, with the mean of the diagonal of `scores` over the point moved to `values`."""
         beta = self.scores.diagonal()[:-1].mean()
         return WeightProducts(self.scores / beta, self.values * beta, self.direct)
 
@@ -58,7 +58,7 @@ class WeightProducts(Result):
 
 @dataclass(frozen=True, eq=False)
 class WeightInterpolation(Result):
-    """Errors of weights between the trained ones (0) and the construction's (1), and the straight line between the ends.
+    """Errors of weights between the trained ones (0) and the construction's (1).
 
     What is interpolated are the products W_KQ and W_PV in the coordinates of the tokens, after the rescaling, and the
     direct path. They do not change with the basis inside the head, so that this symmetry needs no correction.
