@@ -1,1 +1,1 @@
-"""Algorithms that small transformers learn: which one, how well, and at what cost."""
+"""Models trained on algorithmic tasks: the Fourier circuit of modular addition, in-context regression."""

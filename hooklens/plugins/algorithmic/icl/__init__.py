@@ -30,6 +30,13 @@ from hooklens.plugins.algorithmic.icl.learners import (
     Zero,
 )
 from hooklens.plugins.algorithmic.icl.regression_prompts import RegressionPrompts, draw_prompts, predict, prompts_of
+from hooklens.plugins.algorithmic.icl.shifted_prompts import ShiftErrors, measure_shifts
+from hooklens.plugins.algorithmic.icl.weight_interpolation import (
+    WeightInterpolation,
+    WeightProducts,
+    interpolate_weights,
+    weight_products,
+)
 
 __all__ = [
     "AttentionRegression",
@@ -47,6 +54,9 @@ __all__ = [
     "PreconditionedStep",
     "RegressionPrompts",
     "Ridge",
+    "ShiftErrors",
+    "WeightInterpolation",
+    "WeightProducts",
     "Zero",
     "best_constant_steps",
     "best_gd_plus_plus",
@@ -58,7 +68,9 @@ __all__ = [
     "draw_prompts",
     "expected_error",
     "independent_moments",
+    "interpolate_weights",
     "measure_depth_gap",
+    "measure_shifts",
     "moments_of",
     "normal_moments",
     "predict",
@@ -66,4 +78,5 @@ __all__ = [
     "regress_attention",
     "sensitivity_of",
     "uniform_moments",
+    "weight_products",
 ]

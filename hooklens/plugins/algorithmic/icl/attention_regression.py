@@ -44,7 +44,7 @@ class AttentionRegression(Result):
         from hooklens.viz.figures import heatmap
         from hooklens.viz.small_multiples import panels
 
-        axes = {"x_title": "key point", "y_title": "query point"}
+        axes: dict[str, Any] = {"x_title": "key point", "y_title": "query point"}
         scores = heatmap(self.first_scores, title=f"Scores of {self.head}", colourbar="score", **axes)
         return panels([scores, heatmap(self.first_products, title="Inner products", colourbar="product", **axes)])
 

@@ -1,4 +1,4 @@
-"""The best rates of gradient descent: one step in closed form, also for a mixture of lengths; several steps by search."""
+"""The best rates of gradient descent: a step in closed form, also for a mixture of lengths; several steps by search."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -187,9 +187,10 @@ def best_step_schedules(
 def best_gd_plus_plus(
     data: InContextRegression, lengths: Lengths, depth: int, *, draws: int = _SPECTRA_DRAWS, seed: int = 0
 ) -> list[GDPlusPlus]:
-    """1, 2, ... `depth` steps of GD++ with rates and gammas of their own (von Oswald et al. 2023 tune the same numbers).
+    """1, 2, ... `depth` steps of GD++ with rates and gammas of their own.
 
-    Searched in the same way. The loss has several minima, so the error found is an upper bound of the best one.
+    Searched in the same way; von Oswald et al. (2023), section 4, tune the same numbers. The loss has several minima,
+    so the error found is an upper bound of the best one.
     """
     spectra, learners = _drawn(data, lengths, draws, seed), list[GDPlusPlus]()
     start = _gentle(data, spectra)

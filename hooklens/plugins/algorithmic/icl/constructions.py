@@ -36,7 +36,7 @@ def construct_descent(
     """A transformer of linear attention whose prediction equals the learner's, one layer a step.
 
     Tokens are (x_i, y_i). In every layer the attention score is x_i^T P x_j (P = I for gradient descent), and the head
-    adds -gamma x_i and -rate y_i: examples keep the residual of their answer, and the query, which starts at 0, collects
+    adds -gamma x_i and -rate y_i: examples keep the residual of their answer, and the query, which starts at 0, sums up
     minus the prediction. The unembedding reads minus the last coordinate. The division of scores by sqrt(d_head), and
     that by the number of examples (`learner.mean`), are weights.
 
@@ -78,7 +78,8 @@ def _steps(learner: Learner, d: int) -> list[Step]:
     if isinstance(learner, GradientDescent):
         return [(eye, rate, 0.0) for rate in learner.rates]
     raise WrongType(
-        f"a layer of linear attention does a step of GradientDescent, GDPlusPlus or PreconditionedStep; got {learner!r:.80}"
+        "a layer of linear attention does a step of GradientDescent, GDPlusPlus or PreconditionedStep; "
+        f"got {learner!r:.80}"
     )
 
 

@@ -120,8 +120,8 @@ class LearnerComparison(Result):
 
         best = int(self.difference.argmin())
         title = f"Answers to {len(self.targets)} prompts"
-        axes = {"x_title": self.learners[best], "y_title": "model"}
-        return scatter(self.learner_answers[best], self.answers, title=title, **axes)
+        across, up = self.learners[best], "model"
+        return scatter(self.learner_answers[best], self.answers, title=title, x_title=across, y_title=up)
 
 
 def compare_learners(

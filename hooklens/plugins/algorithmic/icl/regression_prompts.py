@@ -40,8 +40,8 @@ class RegressionPrompts:
         shapes = [tuple(part.shape) for part in (self.answers, self.query, self.target)]
         if shapes != [(tasks, n), (tasks, d), (tasks,)]:
             raise InputError(
-                f"points of shape {[tasks, n, d]} need answers {[tasks, n]}, a query {[tasks, d]} and a target {[tasks]}; "
-                f"got {', '.join(str(list(shape)) for shape in shapes)}"
+                f"points of shape {[tasks, n, d]} need answers {[tasks, n]}, queries {[tasks, d]} and targets {[tasks]}"
+                f"; got {', '.join(str(list(shape)) for shape in shapes)}"
             )
 
     def __len__(self) -> int:
