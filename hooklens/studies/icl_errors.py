@@ -32,7 +32,7 @@ from hooklens.results.result import Result, Table
 
 OWN_STEP, SHARED_STEP, SHARED_MEAN = "best step at each length", "one step, summed", "one step, averaged"
 LEAST_SQUARES = "least squares"
-_RATE_DRAWS = 500  # data sets of each length on which rates of several steps are searched; seconds for 46 lengths
+_RATE_LENGTHS = 8  # of the lengths, on which rates of several steps are searched; 2,000 data sets each take 20 seconds
 _AT_ONCE = 2048  # prompts in one pass
 
 ByLength = Float[Tensor, "model length"]
@@ -110,6 +110,7 @@ def measure_errors(
     data: InContextRegression,
     *,
     lengths: int | Sequence[int] | None = None,
+    learners: Mapping[str, Learner] | None = None,
     tasks: int = 2048,
     seed: int = 0,
 ) -> ErrorsByLength:
@@ -123,14 +124,14 @@ def measure_errors(
     >>> abs(measured.mean_excess("made by hand", measured.summed)[0]) < 0.5, measured.lengths.tolist()
     (True, [3, 4])
 
-    `lengths` are those of the data by default. Prompts are drawn from `seed`, which no step of training uses.
+    `lengths` are those of the data by default, and `learners` those of `shared_learners`. Prompts are drawn from
+    `seed`, which no step of training uses.
     """
     ks = [whole("lengths", k, 1) for k in several("lengths", list(data.points) if lengths is None else lengths)]
     if not models:
         raise InputError("measure_errors needs at least one model, by name; got none")
-    moments = moments_of(data)
-    summed, averaged = (best_step(moments, ks, noise=data.noise, mean=mean) for mean in (False, True))
-    shared = shared_learners(data, ks, summed, averaged)
+    summed, averaged = single_steps(data, ks)
+    shared = shared_learners(data, ks, draws=tasks) if learners is None else learners
     columns = []
     for k in ks:
         prompts = draw_prompts(replace(data, n_points=k, curriculum=0), whole("tasks", tasks, 2), seed=1000 * seed + k)
@@ -151,13 +152,23 @@ def measure_errors(
     )
 
 
-def shared_learners(
-    data: InContextRegression, lengths: Sequence[int], summed: BestStep, averaged: BestStep
-) -> dict[str, Learner]:
-    """Learners that are the same for all lengths, by name: those that the trained models are compared with."""
-    chosen = {"draws": _RATE_DRAWS, "seed": data.seed}
-    schedule = best_step_schedules(data, lengths, 6, **chosen)[-1]
-    plus_plus = best_gd_plus_plus(data, lengths, 6, **chosen)[-1]
+def single_steps(data: InContextRegression, lengths: Sequence[int]) -> tuple[BestStep, BestStep]:
+    """The best single steps for these lengths, on the loss summed over the examples and on its mean."""
+    moments = moments_of(data)
+    summed, averaged = (best_step(moments, lengths, noise=data.noise, mean=mean) for mean in (False, True))
+    return summed, averaged
+
+
+def shared_learners(data: InContextRegression, lengths: Sequence[int], *, draws: int) -> dict[str, Learner]:
+    """Learners that are the same for all lengths, by name: those that the trained models are compared with.
+
+    Rates of several steps are those with the smallest mean error on `draws` data sets of some of the lengths.
+    """
+    summed, averaged = single_steps(data, lengths)
+    places = torch.linspace(0, len(lengths) - 1, min(len(lengths), _RATE_LENGTHS)).round().long().tolist()
+    some = [lengths[place] for place in places]
+    schedule = best_step_schedules(data, some, 6, draws=draws)[-1]
+    plus_plus = best_gd_plus_plus(data, some, 6, draws=draws)[-1]
     variance = float(moments_of(data).covariance[0, 0])
     return {
         SHARED_STEP: summed.learner(),

@@ -8,19 +8,20 @@ import torch
 
 from hooklens.core.arguments import whole
 from hooklens.core.errors import InputError
-from hooklens.data.regression import InContextRegression, in_context_regression
-from hooklens.model.config import VectorEmbed
+from hooklens.data.regression import InContextRegression
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.algorithmic.icl import (
     AttentionRegression,
     DepthGap,
+    Learner,
     LearnerComparison,
+    RegressionPrompts,
+    Zero,
     compare_learners,
     draw_prompts,
     measure_depth_gap,
     regress_attention,
 )
-from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
 from hooklens.studies.icl_errors import (
     LEAST_SQUARES,
@@ -171,11 +172,12 @@ def study_in_context(
 ) -> ICLStudy:
     """What do models trained on these data do, beside gradient descent, least squares and others?
 
-    >>> from hooklens.testing import tiny_model
-    >>> model = tiny_model(embed=VectorEmbed(d_in=3), d_vocab_out=1)
-    >>> study = study_in_context({"untrained": model}, in_context_regression(2, (3, 5)), tasks=32)
+    >>> from hooklens.data.regression import in_context_regression
+    >>> from hooklens.plugins.algorithmic.icl import GradientDescent, construct_descent
+    >>> model = construct_descent(GradientDescent((0.2,), mean=False), 2, 3)
+    >>> study = study_in_context({"made by hand": model}, in_context_regression(2, (2, 3)), tasks=16)
     >>> study.at, len(study.table()), len(study.findings)
-    (4, 1, 2)
+    (3, 1, 3)
 
     `fixed` is a model that was trained at one number of examples, with its data. Comparisons of answers and gradients
     are on prompts with `at` examples, by default in the middle of the range.
@@ -186,18 +188,20 @@ def study_in_context(
     at = lengths[len(lengths) // 2] if at is None else whole("at", at, 1)
     if at not in lengths:
         raise InputError(f"at is one of the numbers of examples of the data, {lengths[0]} to {lengths[-1]}; got {at}")
-    errors = measure_errors(models, data, tasks=tasks, seed=seed)
+    if not models:
+        raise InputError("study_in_context needs at least one model, by name; got none")
+    learners = shared_learners(data, lengths, draws=tasks)
+    errors = measure_errors(models, data, learners=learners, tasks=tasks, seed=seed)
     one_length = replace(data, n_points=at, curriculum=0)
     prompts = draw_prompts(one_length, min(tasks, _COMPARED), seed=seed + 1)
-    learners = shared_learners(data, lengths, errors.summed, errors.averaged)
     learners = {OWN_STEP: errors.averaged.own_learner(at), **learners}
     comparisons = {name: _compared(model, prompts, learners) for name, model in models.items()}
     shallow = {name: model for name, model in models.items() if model.cfg.n_layers == 1}
     measured = None
     if fixed is not None:
         model, own = fixed
-        measured = measure_errors({"fixed": model}, own, tasks=4 * tasks, seed=seed)
-        own_learners = shared_learners(own, list(own.points), measured.summed, measured.averaged)
+        own_learners = shared_learners(own, list(own.points), draws=tasks)
+        measured = measure_errors({"fixed": model}, own, learners=own_learners, tasks=4 * tasks, seed=seed)
         own_learners = {OWN_STEP: measured.averaged.learner(), **own_learners}
         comparisons["fixed"] = _compared(model, draw_prompts(own, min(tasks, _COMPARED), seed=seed + 1), own_learners)
     return ICLStudy(
@@ -211,18 +215,14 @@ def study_in_context(
     )
 
 
-def _compared(model: HookedTransformer, prompts: Any, learners: Mapping[str, Any]) -> LearnerComparison:
-    return replace(compare_learners(model, prompts, list(learners.values())), learners=list(learners))
+def _compared(
+    model: HookedTransformer, prompts: RegressionPrompts, learners: Mapping[str, Learner]
+) -> LearnerComparison:
+    """Of all learners but the answer 0, which has no gradient and no size to compare with."""
+    named = {name: learner for name, learner in learners.items() if not isinstance(learner, Zero)}
+    return replace(compare_learners(model, prompts, list(named.values())), learners=list(named))
 
 
 def _named(compared: LearnerComparison, learner: str, quantity: str) -> float:
     values: torch.Tensor = getattr(compared, quantity)
     return float(values[compared.learners.index(learner)])
-
-
-def demo(model: HookedTransformer) -> ICLStudy | Needs:
-    """Prompts of 3 or 4 points, if the model reads vectors and answers with one number."""
-    embed = model.cfg.embed
-    if not isinstance(embed, VectorEmbed) or embed.d_in < 2 or model.cfg.d_vocab_out != 1 or model.cfg.n_ctx < 5:
-        return Needs("vectors (x, y) as input and one output")
-    return study_in_context({"model": model}, in_context_regression(embed.d_in - 1, (3, 4)), tasks=16)
