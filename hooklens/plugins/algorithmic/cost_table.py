@@ -127,8 +127,7 @@ def _cost(entry: MeasuredModel) -> ModelCost:
         described = describe(entry.model, n=row.shape[1])
         flops, parts = described.flops, [c for c in described.components if c.flops]
         attention = sum(c.flops for c in parts if c.name in ("attn.scores", "attn.z"))
-        terms = Counter(c.flops_formula for c in parts)
-        formula = " + ".join(f"{n} x {term}" if n > 1 else term for term, n in terms.items())
+        formula = " + ".join(f"{n} x {term}" for term, n in Counter(c.flops_formula for c in parts).items())
     with differentiable_attention():
         written_out = count_flops(entry.model, row)
     return ModelCost(

@@ -13,7 +13,7 @@ from hooklens.data.regression import in_context_regression
 from hooklens.model.config import VectorEmbed
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.algorithmic.icl.regression_prompts import RegressionPrompts, draw_prompts, need_regression
-from hooklens.plugins.algorithmic.icl.scored_vectors import scored_vectors
+from hooklens.plugins.algorithmic.icl.scored_vectors import read_scored_vectors
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result
 
@@ -72,7 +72,7 @@ def regress_attention(
         known = [f"L{i}H{j}" for i in range(model.cfg.n_layers) for j in range(model.cfg.n_heads)]
         raise did_you_mean("head", f"L{layer}H{head}", known)
     prompts = prompts.to(model.W_U)
-    ((q, k),) = scored_vectors(model, prompts.tokens(), [layer])
+    ((q, k),) = read_scored_vectors(model, prompts.tokens(), [layer])
     attn: Any = model.blocks[layer].attn
     every, xs = q[:, head] @ k[:, head].mT / attn.scale, torch.cat([prompts.points, prompts.query[:, None]], 1)
     n, inner = prompts.n_points, xs @ xs.mT

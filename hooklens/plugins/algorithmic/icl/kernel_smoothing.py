@@ -13,7 +13,7 @@ from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_texts
 from hooklens.model.config import Softmax, VectorEmbed
 from hooklens.model.transformer import HookedTransformer, need_hooked
-from hooklens.plugins.algorithmic.icl.scored_vectors import scored_vectors
+from hooklens.plugins.algorithmic.icl.scored_vectors import read_scored_vectors
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
 
@@ -121,7 +121,7 @@ def compare_with_kernel(model: HookedTransformer, tokens: Shaped[Tensor, "batch 
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens, names=["pattern"])
     rows = []
-    for layer, vectors in enumerate(scored_vectors(model, tokens, range(model.cfg.n_layers))):
+    for layer, vectors in enumerate(read_scored_vectors(model, tokens, range(model.cfg.n_layers))):
         attn: Any = model.blocks[layer].attn
         q, k = (part.double() for part in vectors)  # so that distances are not those of rounding
         pattern = cache["pattern", layer].double()

@@ -12,7 +12,7 @@ from hooklens.model.transformer import HookedTransformer
 Vectors = Float[Tensor, "batch head pos d_head"]
 
 
-def scored_vectors(
+def read_scored_vectors(
     model: HookedTransformer, inputs: Shaped[Tensor, "batch pos *d_in"], layers: Sequence[int]
 ) -> list[tuple[Vectors, Vectors]]:
     """Queries and keys of some layers as the scores read them: after norm and rotation, keys repeated for their group.
@@ -20,7 +20,7 @@ def scored_vectors(
     Their products over `scale` equal `attn_scores` where the mask lets a query see a key.
 
     >>> from hooklens.testing import tiny_model
-    >>> [(q, k)] = scored_vectors(tiny_model(), torch.tensor([[1, 2, 3]]), [0])
+    >>> [(q, k)] = read_scored_vectors(tiny_model(), torch.tensor([[1, 2, 3]]), [0])
     >>> q.shape
     torch.Size([1, 2, 3, 4])
     """
