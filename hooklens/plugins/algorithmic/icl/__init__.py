@@ -18,6 +18,12 @@ from hooklens.plugins.algorithmic.icl.input_moments import (
     normal_moments,
     uniform_moments,
 )
+from hooklens.plugins.algorithmic.icl.kernel_smoothing import (
+    KernelComparison,
+    compare_with_kernel,
+    kernel_weights,
+    smooth,
+)
 from hooklens.plugins.algorithmic.icl.learner_comparison import LearnerComparison, compare_learners, sensitivity_of
 from hooklens.plugins.algorithmic.icl.learners import (
     Averaging,
@@ -28,6 +34,13 @@ from hooklens.plugins.algorithmic.icl.learners import (
     PreconditionedStep,
     Ridge,
     Zero,
+)
+from hooklens.plugins.algorithmic.icl.rank_collapse import (
+    RankCollapse,
+    collapse_bound,
+    composite_norm,
+    measure_rank_collapse,
+    residual_to_rank_one,
 )
 from hooklens.plugins.algorithmic.icl.regression_prompts import RegressionPrompts, draw_prompts, predict, prompts_of
 from hooklens.plugins.algorithmic.icl.shifted_prompts import ShiftErrors, measure_shifts
@@ -48,10 +61,12 @@ __all__ = [
     "GDPlusPlus",
     "GradientDescent",
     "InputMoments",
+    "KernelComparison",
     "Learner",
     "LearnerComparison",
     "LeastSquares",
     "PreconditionedStep",
+    "RankCollapse",
     "RegressionPrompts",
     "Ridge",
     "ShiftErrors",
@@ -63,20 +78,27 @@ __all__ = [
     "best_preconditioner",
     "best_step",
     "best_step_schedules",
+    "collapse_bound",
     "compare_learners",
+    "compare_with_kernel",
+    "composite_norm",
     "construct_descent",
     "draw_prompts",
     "expected_error",
     "independent_moments",
     "interpolate_weights",
+    "kernel_weights",
     "measure_depth_gap",
+    "measure_rank_collapse",
     "measure_shifts",
     "moments_of",
     "normal_moments",
     "predict",
     "prompts_of",
     "regress_attention",
+    "residual_to_rank_one",
     "sensitivity_of",
+    "smooth",
     "uniform_moments",
     "weight_products",
 ]

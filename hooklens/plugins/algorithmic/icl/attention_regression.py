@@ -13,6 +13,7 @@ from hooklens.data.regression import in_context_regression
 from hooklens.model.config import VectorEmbed
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.algorithmic.icl.regression_prompts import RegressionPrompts, draw_prompts, need_regression
+from hooklens.plugins.algorithmic.icl.scored_vectors import read_scored_vectors
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result
 
@@ -71,10 +72,9 @@ def regress_attention(
         known = [f"L{i}H{j}" for i in range(model.cfg.n_layers) for j in range(model.cfg.n_heads)]
         raise did_you_mean("head", f"L{layer}H{head}", known)
     prompts = prompts.to(model.W_U)
-    with torch.no_grad():
-        q, k = _queries_and_keys(model, prompts, layer, head)
-    scale = model.blocks[layer].attn.scale  # type: ignore[union-attr]
-    every, xs = q @ k.mT / scale, torch.cat([prompts.points, prompts.query[:, None]], 1)
+    ((q, k),) = read_scored_vectors(model, prompts.tokens(), [layer])
+    attn: Any = model.blocks[layer].attn
+    every, xs = q[:, head] @ k[:, head].mT / attn.scale, torch.cat([prompts.points, prompts.query[:, None]], 1)
     n, inner = prompts.n_points, xs @ xs.mT
     if prompts.interleaved:
         last, first = torch.cat([every[:, -1:, 1::2], every[:, -1:, -1:]], 2), every[0, ::2, ::2]
@@ -95,17 +95,6 @@ def regress_attention(
         first_scores=first,
         first_products=inner[0],
     )
-
-
-def _queries_and_keys(
-    model: HookedTransformer, prompts: RegressionPrompts, layer: int, head: int
-) -> tuple[Float[Tensor, "task pos d_head"], Float[Tensor, "task pos d_head"]]:
-    """Queries and keys of a head, after rotation; `hook_attn_scores` is masked, and these are not."""
-    rotary = model.cfg.rotary_at(layer) is not None
-    names = [("rot_q" if rotary else "q", layer), ("rot_k" if rotary else "k", layer)]
-    _, cache = model.run_with_cache(prompts.tokens(), names=names)
-    group = head * model.cfg.n_key_value_heads // model.cfg.n_heads
-    return cache[names[0]][:, :, head], cache[names[1]][:, :, group]
 
 
 def _line(x: AtQuery, y: AtQuery) -> tuple[float, float, float]:

@@ -166,7 +166,8 @@ def test_scores_of_the_construction_are_inner_products():
 
 
 def test_the_regressed_scores_are_those_of_the_model():
-    for changes in ({}, {"n_heads": 4, "n_key_value_heads": 2, "positional_embedding_type": "rotary"}):
+    grouped = {"n_heads": 4, "n_key_value_heads": 2, "positional_embedding_type": "rotary"}
+    for changes in ({}, grouped, {"qk_norm": "RMS"}, grouped | {"qk_norm": "RMS"}):
         model = regression_model(**changes)
         prompts = draw_prompts(hl.data.in_context_regression(d=2, n_points=4), 3)
         for layer, head in ((0, 1), (1, 0)):
