@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows, raw, minutes = [], {}, []
     for seed in range(chosen.seeds):
         runs = train_planned(chosen.out, seed=seed, budget=budget, device=chosen.device)
-        study = study_runs(runs, tasks=tasks, device=chosen.device)
+        study = study_runs(runs, searched=not chosen.tiny, tasks=tasks, device=chosen.device)
         rows += rows_of(study, runs, seed)
         raw[str(seed)] = record_of(study, runs)
         minutes.append(sum(map(seconds_of, runs.values())) / 60)
@@ -96,7 +96,7 @@ def record_of(study: ICLStudy, runs: dict[str, Run]) -> dict[str, Any]:
             name: {"slope": part.slope, "r2": part.r2, "r2_within": part.r2_within, "random_r2": part.random_r2}
             for name, part in study.attention.items()
         },
-        "gap": {"columns": list(study.gap.table().columns), "rows": study.gap.table().rows},
+        "gap": {} if study.gap is None else study.gap.to_json(),
         "findings": study.findings,
         "seconds": {name: seconds_of(run) for name, run in runs.items()},
         "settings": {name: run.identity["settings"] for name, run in runs.items()},

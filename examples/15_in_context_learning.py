@@ -81,7 +81,7 @@ if tiny:
 else:
     runs = fixed_run | train_planned(folder.name, names=["linear", "softmax"], budget=budget)
     runs |= train_planned(folder.name, names=["deep"], budget=0.05)
-study = study_runs(runs, tasks=16 if tiny else 256)
+study = study_runs(runs, searched=not tiny, tasks=16 if tiny else 256)
 print(study.table(), "\n")
 for finding in study.findings:
     print(f"- {finding}")

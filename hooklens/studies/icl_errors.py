@@ -124,14 +124,14 @@ def measure_errors(
     >>> abs(measured.mean_excess("made by hand", measured.summed)[0]) < 0.5, measured.lengths.tolist()
     (True, [3, 4])
 
-    `lengths` are those of the data by default, and `learners` those of `shared_learners`. Prompts are drawn from
+    `lengths` are those of the data by default, and `learners` those of `known_learners`. Prompts are drawn from
     `seed`, which no step of training uses.
     """
     ks = [whole("lengths", k, 1) for k in several("lengths", list(data.points) if lengths is None else lengths)]
     if not models:
         raise InputError("measure_errors needs at least one model, by name; got none")
     summed, averaged = single_steps(data, ks)
-    shared = shared_learners(data, ks, draws=tasks) if learners is None else learners
+    shared = known_learners(data, ks) if learners is None else learners
     columns = []
     for k in ks:
         prompts = draw_prompts(replace(data, n_points=k, curriculum=0), whole("tasks", tasks, 2), seed=1000 * seed + k)
@@ -159,27 +159,28 @@ def single_steps(data: InContextRegression, lengths: Sequence[int]) -> tuple[Bes
     return summed, averaged
 
 
-def shared_learners(data: InContextRegression, lengths: Sequence[int], *, draws: int) -> dict[str, Learner]:
-    """Learners that are the same for all lengths, by name: those that the trained models are compared with.
-
-    Rates of several steps are those with the smallest mean error on `draws` data sets of some of the lengths.
-    """
+def known_learners(data: InContextRegression, lengths: Sequence[int]) -> dict[str, Learner]:
+    """Learners without a search, by name, each the same for all lengths."""
     summed, averaged = single_steps(data, lengths)
-    places = torch.linspace(0, len(lengths) - 1, min(len(lengths), _RATE_LENGTHS)).round().long().tolist()
-    some = [lengths[place] for place in places]
-    schedule = best_step_schedules(data, some, 6, draws=draws)[-1]
-    plus_plus = best_gd_plus_plus(data, some, 6, draws=draws)[-1]
-    variance = float(moments_of(data).covariance[0, 0])
+    moments = moments_of(data)
     return {
         SHARED_STEP: summed.learner(),
         SHARED_MEAN: averaged.learner(),
-        "preconditioned step": best_preconditioner(moments_of(data), lengths, noise=data.noise, mean=False),
-        "6 steps, a rate each": schedule,
-        "GD++, 6 steps": plus_plus,
+        "preconditioned step": best_preconditioner(moments, lengths, noise=data.noise, mean=False),
         LEAST_SQUARES: LeastSquares(),
         "ridge, penalty 1": Ridge(1.0),
-        "averaging": Averaging(variance),
+        "averaging": Averaging(float(moments.covariance[0, 0])),
         "zero": Zero(),
+    }
+
+
+def searched_learners(data: InContextRegression, lengths: Sequence[int], *, draws: int) -> dict[str, Learner]:
+    """Six steps with the rates that have the smallest mean error on `draws` data sets of some of the lengths."""
+    places = torch.linspace(0, len(lengths) - 1, min(len(lengths), _RATE_LENGTHS)).round().long().tolist()
+    some = [lengths[place] for place in places]
+    return {
+        "6 steps, a rate each": best_step_schedules(data, some, 6, draws=draws)[-1],
+        "GD++, 6 steps": best_gd_plus_plus(data, some, 6, draws=draws)[-1],
     }
 
 

@@ -180,13 +180,15 @@ def folder_name(name: str, seed: int, steps: int) -> str:
     return f"{name.replace(', ', '_').replace(' ', '_')}_seed_{seed}_steps_{steps}"
 
 
-def study_runs(runs: Mapping[str, Run], *, tasks: int = 2048, seed: int = 0, device: Any = None) -> ICLStudy:
+def study_runs(
+    runs: Mapping[str, Run], *, searched: bool = True, tasks: int = 2048, seed: int = 0, device: Any = None
+) -> ICLStudy:
     """The study of the last models of these runs, as `train_planned` returns them."""
     models = {name: run.checkpoints()[-1].load(device=device) for name, run in runs.items()}
     model = models.pop(FIXED_RUN, None)
     fixed = None if model is None else (model, in_context_regression(D, FIXED))
     data = in_context_regression(D, (SHORTEST, LONGEST), inputs="normal")
-    return study_in_context(models, data, fixed=fixed, tasks=tasks, seed=seed)
+    return study_in_context(models, data, fixed=fixed, searched=searched, tasks=tasks, seed=seed)
 
 
 def seconds_of(run: Run) -> float:

@@ -28,8 +28,9 @@ from hooklens.studies.icl_errors import (
     OWN_STEP,
     SHARED_STEP,
     ErrorsByLength,
+    known_learners,
     measure_errors,
-    shared_learners,
+    searched_learners,
 )
 
 _COMPARED = 512  # prompts of a comparison of answers and gradients
@@ -62,7 +63,7 @@ class ICLStudy(Result):
     depths: dict[str, int]
     comparisons: dict[str, LearnerComparison]
     attention: dict[str, AttentionRegression]
-    gap: DepthGap
+    gap: DepthGap | None
 
     def table(self, n: int | None = None) -> Table:
         """One row a model: its errors, and the learner that it is closest to."""
@@ -90,7 +91,7 @@ class ICLStudy(Result):
         said = [] if self.fixed is None else [self._fixed_finding(self.fixed)]
         said += [self._step_finding(model) for model in self.errors.models if self.depths[model] == 1]
         said += [self._gap_finding(model) for model in self.errors.models]
-        return [*said, f"The best learners by depth: {self.gap.sentence}."]
+        return said if self.gap is None else [*said, f"The best learners by depth: {self.gap.sentence}."]
 
     def _fixed_finding(self, fixed: ErrorsByLength) -> str:
         k, excess, error = int(fixed.lengths[0]), float(fixed.excess[0, 0]), float(fixed.excess_errors[0, 0])
@@ -158,7 +159,9 @@ class ICLStudy(Result):
             report.figure(
                 attention.figure(), f"{caption}the points of another prompt explain {attention.random_r2:.3f}."
             )
-        return report.heading("The gap to least squares by depth").figure(self.gap.figure()).table(self.gap.table())
+        if self.gap is not None:
+            report.heading("The gap to least squares by depth").figure(self.gap.figure()).table(self.gap.table())
+        return report
 
 
 def study_in_context(
@@ -167,6 +170,7 @@ def study_in_context(
     *,
     fixed: tuple[HookedTransformer, InContextRegression] | None = None,
     at: int | None = None,
+    searched: bool = True,
     tasks: int = 2048,
     seed: int = 0,
 ) -> ICLStudy:
@@ -175,12 +179,13 @@ def study_in_context(
     >>> from hooklens.data.regression import in_context_regression
     >>> from hooklens.plugins.algorithmic.icl import GradientDescent, construct_descent
     >>> model = construct_descent(GradientDescent((0.2,), mean=False), 2, 3)
-    >>> study = study_in_context({"made by hand": model}, in_context_regression(2, (2, 3)), tasks=16)
+    >>> study = study_in_context({"made by hand": model}, in_context_regression(2, (2, 3)), searched=False, tasks=16)
     >>> study.at, len(study.table()), len(study.findings)
-    (3, 1, 3)
+    (3, 1, 2)
 
     `fixed` is a model that was trained at one number of examples, with its data. Comparisons of answers and gradients
-    are on prompts with `at` examples, by default in the middle of the range.
+    are on prompts with `at` examples, by default in the middle of the range. `searched` adds six steps of gradient
+    descent and of GD++, and the best learners by depth: a search of their rates, which takes up to a minute.
 
     References: those of the methods in `hooklens.plugins.algorithmic.icl`.
     """
@@ -190,7 +195,7 @@ def study_in_context(
         raise InputError(f"at is one of the numbers of examples of the data, {lengths[0]} to {lengths[-1]}; got {at}")
     if not models:
         raise InputError("study_in_context needs at least one model, by name; got none")
-    learners = shared_learners(data, lengths, draws=tasks)
+    learners = known_learners(data, lengths) | (searched_learners(data, lengths, draws=tasks) if searched else {})
     errors = measure_errors(models, data, learners=learners, tasks=tasks, seed=seed)
     one_length = replace(data, n_points=at, curriculum=0)
     prompts = draw_prompts(one_length, min(tasks, _COMPARED), seed=seed + 1)
@@ -200,9 +205,8 @@ def study_in_context(
     measured = None
     if fixed is not None:
         model, own = fixed
-        own_learners = shared_learners(own, list(own.points), draws=tasks)
-        measured = measure_errors({"fixed": model}, own, learners=own_learners, tasks=4 * tasks, seed=seed)
-        own_learners = {OWN_STEP: measured.averaged.learner(), **own_learners}
+        measured = measure_errors({"fixed": model}, own, tasks=4 * tasks, seed=seed)
+        own_learners = {OWN_STEP: measured.averaged.learner(), **known_learners(own, list(own.points))}
         comparisons["fixed"] = _compared(model, draw_prompts(own, min(tasks, _COMPARED), seed=seed + 1), own_learners)
     return ICLStudy(
         at=at,
@@ -211,7 +215,7 @@ def study_in_context(
         depths={name: model.cfg.n_layers for name, model in models.items()},
         comparisons=comparisons,
         attention={name: regress_attention(model, prompts) for name, model in shallow.items()},
-        gap=measure_depth_gap(one_length, draws=min(_GAP_DRAWS, 10 * tasks), seed=seed),
+        gap=measure_depth_gap(one_length, draws=min(_GAP_DRAWS, 10 * tasks), seed=seed) if searched else None,
     )
 
 

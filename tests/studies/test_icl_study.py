@@ -24,7 +24,7 @@ def study():
     }
     fixed_data = hl.data.in_context_regression(3, 4)
     fixed = construct_descent(single_steps(fixed_data, [4])[0].learner(), 3, 4), fixed_data
-    return study_in_context(models, DATA, fixed=fixed, tasks=256)
+    return study_in_context(models, DATA, fixed=fixed, searched=False, tasks=256)
 
 
 def test_the_best_step_made_by_hand_is_recognised(study):
@@ -69,6 +69,7 @@ def test_findings_table_and_page_state_the_numbers(study):
     page = study.report().to_html()
     assert all(finding.split("(")[0] in page for finding in study.findings)
     assert "1 layer" in study.findings[3] and "least squares" in study.findings[-1]
+    assert study.gap is None and "by depth" not in page
     assert study.figure().data and study.errors.figure().data
 
 
@@ -132,6 +133,7 @@ def test_plans_cover_the_curriculum_and_differ_in_score_and_depth():
 def test_runs_are_studied_from_their_folders(tmp_path):
     runs = train_planned(tmp_path, names=["linear, 10 examples", "softmax"], budget=1e-6, show=False)
     study = study_runs(runs, tasks=32)
+    assert "GD++, 6 steps" in study.errors.learners and "The best learners by depth" in study.findings[-1]
     assert (
         study.errors.models == ["softmax"] and int(study.fixed.lengths[0]) == 10 and OWN_STEP in study.errors.learners
     )
