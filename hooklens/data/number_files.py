@@ -216,7 +216,14 @@ def modular_triples(
     triples = torch.frombuffer(numbers, dtype=torch.int64).clone().view(-1, 3)
     p = max(2, int(triples.max()) + 1) if p is None else p
     share_of_pairs = check_fraction(fraction, len(triples))
-    return ModularTriples(p, operation_of(triples, p), share_of_pairs, seed, path.name, triples)
+    return ModularTriples(
+        p=p,
+        operation=operation_of(triples, p),
+        fraction=share_of_pairs,
+        seed=seed,
+        name=path.name,
+        triples=triples,
+    )
 
 
 def operation_of(triples: Int[Tensor, "pair 3"], p: int) -> str:

@@ -36,11 +36,10 @@ class PlannedRun:
     batch: int
     lr: float
     clip: float | None = None
-    fixed: bool = False
 
     def data(self, steps: int, seed: int) -> InContextRegression:
         """The data: 5 to 50 examples under a curriculum, x from N(0, I); or 10 examples, x uniform."""
-        if self.fixed:
+        if self.name == FIXED_RUN:
             return in_context_regression(D, FIXED, seed=seed)
         growing = max(1, round(_GROWING * steps))
         return in_context_regression(D, (SHORTEST, LONGEST), inputs="normal", curriculum=growing, seed=seed)
@@ -62,14 +61,15 @@ class PlannedRun:
         )
 
 
-FIXED_RUN = "linear, 10 examples"
+FIXED_RUN, TWO_HEADS = "linear, 10 examples", "softmax, two heads"
 #: Rates, batches and numbers of steps were searched on short runs. One layer trains without clipping: gradients of long
 #: prompts are larger, so that clipping gives them less weight, and the learned rate becomes that of shorter ones.
 PLANNED = (
-    PlannedRun(FIXED_RUN, "one step at a fixed length", "linear", 1, 2000, 512, 1e-2, fixed=True),
-    PlannedRun("linear", "one step for a mixture of lengths", "linear", 1, 2500, 512, 3e-3),
-    PlannedRun("softmax", "a kernel smoother", "softmax", 1, 2500, 512, 1e-2),
-    PlannedRun("deep", "what six layers with MLPs and norms learn", "softmax", 0, 6000, 64, 2e-3, clip=1.0),
+    PlannedRun(FIXED_RUN, "one step at a fixed length", score="linear", heads=1, steps=2000, batch=512, lr=1e-2),
+    PlannedRun("linear", "one step for a mixture of lengths", score="linear", heads=1, steps=2500, batch=512, lr=3e-3),
+    PlannedRun("softmax", "averages of the answers", score="softmax", heads=1, steps=2500, batch=512, lr=1e-2),
+    PlannedRun(TWO_HEADS, "a difference of averages", score="softmax", heads=2, steps=2500, batch=512, lr=1e-2),
+    PlannedRun("deep", "six layers", score="softmax", heads=0, steps=6000, batch=64, lr=2e-3, clip=1.0),
 )
 
 

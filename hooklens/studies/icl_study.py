@@ -10,16 +10,25 @@ from hooklens.core.arguments import whole
 from hooklens.core.errors import InputError
 from hooklens.data.regression import InContextRegression
 from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.algorithmic.cost_table import CostTable, MeasuredModel, compare_costs
 from hooklens.plugins.algorithmic.icl import (
     AttentionRegression,
     DepthGap,
+    KernelComparison,
     Learner,
     LearnerComparison,
+    RankCollapse,
     RegressionPrompts,
+    ShiftErrors,
+    WeightInterpolation,
     Zero,
     compare_learners,
+    compare_with_kernel,
     draw_prompts,
+    interpolate_weights,
     measure_depth_gap,
+    measure_rank_collapse,
+    measure_shifts,
     regress_attention,
 )
 from hooklens.results.result import Result, Table
@@ -34,17 +43,8 @@ from hooklens.studies.icl_errors import (
 )
 
 _COMPARED = 512  # prompts of a comparison of answers and gradients
+_RUN = 64  # prompts whose activations are kept
 _GAP_DRAWS = 2000  # data sets on which the best rates of each depth are searched; seconds
-_MODEL = {
-    "layers": "depth of the model",
-    "error": "mean squared error of the answer, averaged over all numbers of examples; the answer 0 has {zero:.3g}",
-    "standard error": "of that mean, over prompts",
-    "of one step": "its ratio to the exact error of the best single step that is the same for all numbers of examples",
-    "at {at}": "the error with {at} examples; least squares has 0 there, up to rounding",
-    "closest learner": "the learner whose answers to these prompts differ least from the model's",
-    "share": "that difference, squared, over the mean square of the learner's answers",
-    "cosine": "between the gradients of model and learner by the query, averaged over prompts",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,9 @@ class ICLStudy(Result):
     """What models trained on in-context regression do, beside learners.
 
     `errors` are those under the curriculum, `fixed` those of a model at one number of examples, None without one.
-    `comparisons` are on prompts of `at` examples; "fixed" has its own number. `attention` is that of one-layer models.
+    `comparisons` are on prompts of `at` examples; "fixed" has its own number. `attention` is that of one-layer models,
+    each head of its own; `kernels` compare softmax heads of one layer with a kernel smoother, `interpolations` the
+    weights of linear attention with those of the construction, and `collapses` are those of deeper models.
     """
 
     ranked_by = "smallness of the mean error"
@@ -63,6 +65,11 @@ class ICLStudy(Result):
     depths: dict[str, int]
     comparisons: dict[str, LearnerComparison]
     attention: dict[str, AttentionRegression]
+    kernels: dict[str, KernelComparison]
+    interpolations: dict[str, WeightInterpolation]
+    shifts: dict[str, ShiftErrors]
+    collapses: dict[str, RankCollapse]
+    costs: CostTable
     gap: DepthGap | None
 
     def table(self, n: int | None = None) -> Table:
@@ -106,14 +113,30 @@ class ICLStudy(Result):
     def _step_finding(self, model: str) -> str:
         excess, error = self.errors.mean_excess(model, self.errors.summed)
         averaged, _ = self.errors.mean_excess(model, self.errors.averaged)
-        compared, attention = self.comparisons[model], self.attention[model]
+        compared, heads = self.comparisons[model], self._heads(model)
+        explained = " and ".join(f"{head.r2_within:.1%}" for head in heads)
         return (
             f"Over all numbers of examples, {model} has an error {excess:+.1%} (standard error {error:.1%}) from that "
             f"of the best single step of this mixture on the summed loss, and {averaged:+.1%} from that on the mean "
             f"loss. With {self.at} examples the cosine of its gradients with those of the summed step is "
-            f"{_named(compared, SHARED_STEP, 'cosine'):.4f}, and inner products explain {attention.r2_within:.1%} of "
-            "the variance of its attention scores within a prompt."
+            f"{_named(compared, SHARED_STEP, 'cosine'):.4f}, and inner products explain {explained} of the variance of "
+            f"its attention scores within a prompt.{self._kernel_finding(model)}"
         )
+
+    def _heads(self, model: str) -> list[AttentionRegression]:
+        return [part for name, part in self.attention.items() if name == model or name.startswith(f"{model}, head ")]
+
+    def _kernel_finding(self, model: str) -> str:
+        """How far softmax attention is from the kernel smoother of its queries and keys."""
+        if model not in self.kernels:
+            return ""
+        kernel = self.kernels[model]
+        away = " and ".join(
+            f"{near:.3f} (equal weights: {equal:.3f})"
+            for near, equal in zip(kernel.kernel.flatten().tolist(), kernel.uniform.flatten().tolist(), strict=True)
+        )
+        smoother = "Nadaraya-Watson weights of the same queries and keys (0: equal, 1: disjoint)"
+        return f" The distance of its patterns is {away} from {smoother}."
 
     def _gap_finding(self, model: str) -> str:
         zero, error, least = self.errors.zero, self._at(model), self._at(LEAST_SQUARES)
@@ -129,39 +152,9 @@ class ICLStudy(Result):
 
     def report(self) -> Any:
         """The study as a page."""
-        from hooklens.viz.report import Report
+        from hooklens.studies.icl_page import icl_report
 
-        report = Report("In-context learning as gradient descent")
-        report.text(
-            "Every prompt is a regression with weights of its own. A model that answers it has learned an algorithm. "
-            "Its answers and their gradients are compared with those of known algorithms on the same prompts. "
-            "Agreement on these prompts does not show that a model computes the answer by the same steps."
-        )
-        for finding in self.findings:
-            report.text(finding)
-        values = {"zero": self.errors.zero, "at": self.at}
-        terms = {name.format(**values): text.format(**values) for name, text in _MODEL.items()}
-        report.table(self.table(), f"{self.errors.tasks:,} fresh prompts for each number of examples.", terms)
-        report.heading("Error by number of examples").figure(
-            self.figure(),
-            "Bands are two standard errors wide on each side. The best step at each length may choose its rate anew; "
-            "the summed step has one rate for all. Values of 0 are drawn at a thousandth of the error of the answer 0.",
-        ).table(self.errors.table(), "All numbers of examples.")
-        report.heading("Which algorithm?")
-        for name, compared in self.comparisons.items():
-            caption = f"{name}, on {len(compared.targets)} prompts of {compared.n_points} examples."
-            report.table(compared.table(), caption, LearnerComparison.terms)
-        report.heading("Attention against inner products")
-        for name, attention in self.attention.items():
-            caption = (
-                f"{name}: slope {attention.slope:.3g}, R^2 within a prompt {attention.r2_within:.3f}; products with "
-            )
-            report.figure(
-                attention.figure(), f"{caption}the points of another prompt explain {attention.random_r2:.3f}."
-            )
-        if self.gap is not None:
-            report.heading("The gap to least squares by depth").figure(self.gap.figure()).table(self.gap.table())
-        return report
+        return icl_report(self)
 
 
 def study_in_context(
@@ -201,7 +194,6 @@ def study_in_context(
     prompts = draw_prompts(one_length, min(tasks, _COMPARED), seed=seed + 1)
     learners = {OWN_STEP: errors.averaged.own_learner(at), **learners}
     comparisons = {name: _compared(model, prompts, learners) for name, model in models.items()}
-    shallow = {name: model for name, model in models.items() if model.cfg.n_layers == 1}
     measured = None
     if fixed is not None:
         model, own = fixed
@@ -214,8 +206,68 @@ def study_in_context(
         fixed=measured,
         depths={name: model.cfg.n_layers for name, model in models.items()},
         comparisons=comparisons,
-        attention={name: regress_attention(model, prompts) for name, model in shallow.items()},
+        shifts={name: _shifted(model, data, one_length, learners, tasks) for name, model in models.items()},
+        costs=compare_costs([_cost(name, model, prompts, errors, comparisons) for name, model in models.items()]),
         gap=measure_depth_gap(one_length, draws=min(_GAP_DRAWS, 10 * tasks), seed=seed) if searched else None,
+        **_insides(models, prompts, learners[SHARED_STEP]),
+    )
+
+
+def _insides(
+    models: Mapping[str, HookedTransformer], prompts: RegressionPrompts, step: Learner
+) -> dict[str, dict[str, Any]]:
+    """What is read off activations and weights, by the kind of the model."""
+    shallow = {name: model for name, model in models.items() if model.cfg.n_layers == 1}
+    linear = {name: model for name, model in shallow.items() if model.cfg.score_fn.name == "linear"}
+    deep = {name: model for name, model in models.items() if name not in shallow}
+    tokens = prompts.tokens()[:_RUN]
+    attention = {
+        f"{name}, head {head}" if model.cfg.n_heads > 1 else name: regress_attention(model, prompts, head=head)
+        for name, model in shallow.items()
+        for head in range(model.cfg.n_heads)
+    }
+    return {
+        "attention": attention,
+        "kernels": {
+            name: compare_with_kernel(model, tokens.to(model.W_U))
+            for name, model in shallow.items()
+            if name not in linear
+        },
+        "interpolations": {name: interpolate_weights(model, prompts, step) for name, model in linear.items()},
+        "collapses": {name: measure_rank_collapse(model, tokens.to(model.W_U)) for name, model in deep.items()},
+    }
+
+
+def _shifted(
+    model: HookedTransformer,
+    data: InContextRegression,
+    one_length: InContextRegression,
+    learners: Mapping[str, Learner],
+    tasks: int,
+) -> ShiftErrors:
+    """Points of other scales, longer prompts where the model reads them, and other dimensions."""
+    longer = [k for k in (3 * data.points[-1] // 2, 2 * data.points[-1]) if k < model.cfg.n_ctx]
+    shown = [learners[name] for name in (SHARED_STEP, LEAST_SQUARES)]
+    dims = (max(1, data.d // 2), data.d + data.d // 2)
+    return measure_shifts(model, one_length, shown, lengths=longer, dims=dims, tasks=min(tasks, _COMPARED))
+
+
+def _cost(
+    name: str,
+    model: HookedTransformer,
+    prompts: RegressionPrompts,
+    errors: ErrorsByLength,
+    comparisons: Mapping[str, LearnerComparison],
+) -> MeasuredModel:
+    """A row of the table of costs; what a model implements is said by the learner that its answers are closest to."""
+    closest, _, _, share, cosine = comparisons[name].table(1).rows[0][:5]
+    return MeasuredModel(
+        name=name,
+        model=model,
+        inputs=prompts.tokens().to(model.W_U),
+        measure="MSE",
+        value=float(errors.error_of(name).mean()),
+        implements=f"closest to {closest}: difference {share:.3g} of its mean square, cosine {cosine:.4f}",
     )
 
 
