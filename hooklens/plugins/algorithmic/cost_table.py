@@ -95,7 +95,7 @@ class CostTable(Result):
         return bars(values, labels=[c.name for c in self.costs], y_title="FLOPs of a sequence")
 
 
-def compare_costs(models: Sequence[MeasuredModel]) -> CostTable:
+def compare_costs(models: Sequence[Any]) -> CostTable:
     """What does each model reach, and what does one forward pass cost?
 
     The formula counts a multiplication and an addition as two operations, of matrix products alone, over all positions

@@ -18,7 +18,7 @@ from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result
 
 AtQuery = Float[Tensor, "task point"]
-Square = Float[Tensor, "point point"]
+Square = Float[Tensor, "token token"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ Each maps the examples of a prompt to weights w, and answers w x at the query.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,7 @@ from hooklens.core.errors import InputError
 from hooklens.plugins.algorithmic.icl.regression_prompts import Answers, PerTask, Points, Queries, RegressionPrompts
 
 Eigenvalues = Float[Tensor, "*draw d"]
+Numbers = Any  # one number or several are taken; a tuple of floats after __post_init__
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class GradientDescent(Learner):
     Reference: von Oswald et al. (2023), "Transformers learn in-context by gradient descent", equation 2.
     """
 
-    rates: tuple[float, ...]
+    rates: Numbers
     mean: bool = True
 
     def __post_init__(self) -> None:
@@ -113,8 +115,8 @@ class GDPlusPlus(Learner):
     Reference: von Oswald et al. (2023), section 4 and appendix A.10 (the sums are not divided there).
     """
 
-    rates: tuple[float, ...]
-    gammas: tuple[float, ...]
+    rates: Numbers
+    gammas: Numbers
     mean: bool = True
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refused import refused
 
 import hooklens as hl
 from hooklens.core.errors import HooklensError
@@ -234,22 +235,22 @@ def test_prompts_are_the_tokens_that_the_task_shows():
 
 
 def test_bad_input_says_what_would_work():
-    with pytest.raises(HooklensError, match="as many gammas as rates, got 1 and 2"):
+    with refused(HooklensError, "as many gammas as rates, got 1 and 2"):
         GDPlusPlus((1.0, 1.0), (1.0,))
-    with pytest.raises(HooklensError, match=r"use LeastSquares\(\)"):
+    with refused(HooklensError, r"use LeastSquares\(\)"):
         Ridge(0.0)
-    with pytest.raises(HooklensError, match="2 lengths need as many probabilities"):
+    with refused(HooklensError, "2 lengths need as many probabilities"):
         best_step(uniform_moments(2), [1, 2], probabilities=[1.0])
-    with pytest.raises(HooklensError, match="symmetric"):
+    with refused(HooklensError, "symmetric"):
         normal_moments(torch.ones(2, 3))
-    with pytest.raises(HooklensError, match="is not a function of S"):
+    with refused(HooklensError, "is not a function of S"):
         PreconditionedStep(identity(2)).gain(torch.ones(2), 3)
-    with pytest.raises(HooklensError, match=r"points of shape \[1, 2, 3\]"):
+    with refused(HooklensError, r"points of shape \[1, 2, 3\]"):
         x, y = drawn(3, 2, tasks=1)
         from hooklens.plugins.algorithmic.icl.regression_prompts import RegressionPrompts
 
         RegressionPrompts(x, y, x[:, 0, :2], y[:, 0])
-    with pytest.raises(HooklensError, match="not among the lengths"):
+    with refused(HooklensError, "not among the lengths"):
         best_step(uniform_moments(2), [3, 4]).own_learner(5)
 
 
