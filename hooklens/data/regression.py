@@ -109,12 +109,12 @@ class InContextRegression(TrainingData):
 
     def identity(self) -> dict[str, Any]:
         """What identifies the data."""
-        single = isinstance(self.n_points, int)
-        of_range = {} if single else {"curriculum": self.curriculum}
+        numbers = self.n_points if isinstance(self.n_points, int) else list(self.n_points)
+        of_range = {} if isinstance(numbers, int) else {"curriculum": self.curriculum}
         return {
             "task": "in-context regression",
             "d": self.d,
-            "n_points": self.n_points if single else list(self.n_points),
+            "n_points": numbers,
             "inputs": self.inputs,
             "noise": self.noise,
             "interleaved": self.interleaved,

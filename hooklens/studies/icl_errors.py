@@ -101,7 +101,12 @@ class ErrorsByLength(Result):
             model: (self.errors[i] - 2 * self.standard_errors[i], self.errors[i] + 2 * self.standard_errors[i])
             for i, model in enumerate(self.models)
         }
-        titles = {"x_title": "examples", "y_title": "squared error", "marks": {"zero": self.zero}, "log": "y"}
+        titles: dict[str, Any] = {
+            "x_title": "examples",
+            "y_title": "squared error",
+            "marks": {"zero": self.zero},
+            "log": "y",
+        }
         return lines(values, x=self.lengths, bands=bands, title="Error by number of examples", **titles)
 
 
