@@ -1,5 +1,6 @@
 """The best rates of gradient descent: a step in closed form, also for a mixture of lengths; several steps by search."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -247,13 +248,18 @@ def _searched(
     parameters = (start * variance).requires_grad_()  # in units of the variance, all are near 1
     search = torch.optim.LBFGS([parameters], max_iter=_SEARCH, line_search_fn="strong_wolfe", tolerance_grad=1e-9)
 
+    lowest, best = math.inf, parameters.detach().clone()
+
     def closure() -> Tensor:
+        nonlocal lowest, best
         rates, gammas = (part / variance for part in steps(parameters))
         errors = [spectral_errors(descent_gain(s, rates, gammas), s, data, k).mean() for k, s in spectra]
         value = torch.stack(errors).mean()
         (parameters.grad,) = torch.autograd.grad(value, parameters)
+        if float(value.detach()) < lowest:  # the search itself may end where a step diverges, at NaN
+            lowest, best = float(value.detach()), parameters.detach().clone()
         return value
 
     with torch.enable_grad():
         search.step(closure)
-    return tuple((parameters.detach() / variance).tolist())
+    return tuple((best / variance).tolist())
