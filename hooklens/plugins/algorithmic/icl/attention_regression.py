@@ -12,7 +12,12 @@ from hooklens.core.errors import did_you_mean
 from hooklens.data.regression import in_context_regression
 from hooklens.model.config import VectorEmbed
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.algorithmic.icl.regression_prompts import RegressionPrompts, draw_prompts, need_regression
+from hooklens.plugins.algorithmic.icl.regression_prompts import (
+    RegressionPrompts,
+    draw_prompts,
+    need_regression,
+    widened_prompts,
+)
 from hooklens.plugins.algorithmic.icl.scored_vectors import read_scored_vectors
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result
@@ -56,7 +61,8 @@ def regress_attention(
     """How well do inner products with the query explain the attention scores of a head?
 
     In one step of gradient descent the score is proportional to <x_i, x_query>: R^2 is 1. Of interleaved prompts the
-    keys are the tokens of the answers, which an earlier layer may have given their point.
+    keys are the tokens of the answers, which an earlier layer may have given their point; the matrix of the first prompt is
+    that of the points' own tokens.
 
     >>> from hooklens.plugins.algorithmic.icl.constructions import construct_descent
     >>> from hooklens.plugins.algorithmic.icl.learners import GradientDescent
@@ -71,15 +77,16 @@ def regress_attention(
     if whole("layer", layer) >= model.cfg.n_layers or whole("head", head) >= model.cfg.n_heads:
         known = [f"L{i}H{j}" for i in range(model.cfg.n_layers) for j in range(model.cfg.n_heads)]
         raise did_you_mean("head", f"L{layer}H{head}", known)
-    prompts = prompts.to(model.W_U)
-    ((q, k),) = read_scored_vectors(model, prompts.tokens(), [layer])
+    prompts = widened_prompts(model, prompts)
+    vectors = read_scored_vectors(model, prompts.tokens().to(model.dtype), [layer])
+    q, k = (part[:, head].to(prompts.query) for part in vectors[0])
     attn: Any = model.blocks[layer].attn
-    every, xs = q[:, head] @ k[:, head].mT / attn.scale, torch.cat([prompts.points, prompts.query[:, None]], 1)
-    n, inner = prompts.n_points, xs @ xs.mT
+    every = q @ k.mT / attn.scale
+    xs, n = torch.cat([prompts.points, prompts.query[:, None]], 1), prompts.n_points
+    inner = xs @ xs.mT
+    first, last = every[0], every[:, -1:]
     if prompts.interleaved:
-        last, first = torch.cat([every[:, -1:, 1::2], every[:, -1:, -1:]], 2), every[0, ::2, ::2]
-    else:
-        last, first = every[:, -1:], every[0]
+        first, last = every[0, ::2, ::2], every[:, -1:, 1::2]
     scores, products = last[:, 0, :n], inner[:, -1, :n]
     slope, intercept, r2 = _line(products, scores)
     centred = [part - part.mean(1, keepdim=True) for part in (products, scores)]

@@ -28,6 +28,7 @@ from hooklens.plugins.algorithmic.icl.learners import (
     Ridge,
     Zero,
 )
+from hooklens.plugins.algorithmic.icl.regression_prompts import asked_length
 from hooklens.results.result import Result, Table
 
 _ERROR_DRAWS = 20_000  # data sets, each with a decomposition of a d x d matrix: a second in all
@@ -66,7 +67,7 @@ def expected_error(
     Reference: Hastie et al. (2022), "Surprises in high-dimensional ridgeless least squares interpolation", section 3
     (least squares, here at finite n: inverse Wishart means).
     """
-    k = data.n_points if n_points is None else whole("n_points", n_points, 1)
+    k = asked_length(data, n_points)
     exact = _exact(learner, data, k)
     if exact is not None:
         return ExpectedError(learner.title, k, exact, 0.0, True)
@@ -178,11 +179,11 @@ def measure_depth_gap(
     Rates are chosen on one set of data sets and the errors are those on another, so that no depth profits from luck.
 
     >>> import hooklens as hl
-    >>> gap = measure_depth_gap(hl.data.in_context_regression(d=3, n_points=6), (1, 2), draws=50)
+    >>> gap = measure_depth_gap(hl.data.in_context_regression(d=3, n_points=6), (1, 2), draws=200)
     >>> gap.least_squares, bool(gap.constant[1] < gap.constant[0])
     (0.0, True)
     """
-    k = data.n_points if n_points is None else whole("n_points", n_points, 1)
+    k = asked_length(data, n_points)
     steps = [whole("depths", depth, 1) for depth in several("depths", depths)]
     if steps != sorted(set(steps)):
         raise InputError(f"depths ascend, each once; got {steps}")

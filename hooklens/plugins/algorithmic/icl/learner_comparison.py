@@ -23,6 +23,7 @@ from hooklens.plugins.algorithmic.icl.regression_prompts import (
     draw_prompts,
     need_regression,
     predict,
+    widened_prompts,
 )
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
@@ -142,8 +143,8 @@ def compare_learners(
     if not asked:
         raise InputError("compare_learners needs at least one learner; got none")
     need_regression(model, prompts)
-    prompts = prompts.to(model.W_U)
-    answers, gradients = sensitivity_of(model, prompts)
+    prompts = widened_prompts(model, prompts)
+    answers, gradients = (part.to(prompts.query) for part in sensitivity_of(model, prompts))
     with torch.no_grad():
         weights = torch.stack([learner.weights(prompts.points, prompts.answers) for learner in asked])
     return LearnerComparison(

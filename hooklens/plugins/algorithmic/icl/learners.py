@@ -91,7 +91,8 @@ class GradientDescent(Learner):
     @property
     def title(self) -> str:
         n = len(self.rates)
-        return "one step of gradient descent" if n == 1 else f"{n} steps of gradient descent"
+        steps = "one step of gradient descent" if n == 1 else f"{n} steps of gradient descent"
+        return steps if self.mean else f"{steps}, summed"
 
     def weights(self, points: Points, answers: Answers) -> Queries:
         share = 1 / points.shape[1] if self.mean else 1.0
@@ -127,7 +128,7 @@ class GDPlusPlus(Learner):
 
     @property
     def title(self) -> str:
-        return f"GD++, {len(self.rates)} step{'s' * (len(self.rates) > 1)}"
+        return f"GD++, {len(self.rates)} step{'s' * (len(self.rates) > 1)}" + ", summed" * (not self.mean)
 
     def weights(self, points: Points, answers: Answers) -> Queries:
         share, d = 1 / points.shape[1] if self.mean else 1.0, points.shape[2]
@@ -156,7 +157,10 @@ class PreconditionedStep(Learner):
 
     matrix: Float[Tensor, "d d"]
     mean: bool = True
-    title = "one preconditioned step"
+
+    @property
+    def title(self) -> str:
+        return "one preconditioned step" + ", summed" * (not self.mean)
 
     def weights(self, points: Points, answers: Answers) -> Queries:
         share = 1 / points.shape[1] if self.mean else 1.0

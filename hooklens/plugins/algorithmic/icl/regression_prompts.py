@@ -90,14 +90,30 @@ def prompts_of(batch: Batch) -> RegressionPrompts:
     return RegressionPrompts(x[:, :-1], y[:, : x.shape[1] - 1], x[:, -1], targets[:, -1], interleaved)
 
 
-def draw_prompts(data: InContextRegression, tasks: int, *, seed: int = 0) -> RegressionPrompts:
-    """New prompts of a task, which no training step has drawn.
+def trained_lengths(data: InContextRegression) -> tuple[int, int]:
+    """The least and the largest number of examples of a task, whose `n_points` is a number or such a pair."""
+    return (data.n_points, data.n_points) if isinstance(data.n_points, int) else data.n_points
+
+
+def asked_length(data: InContextRegression, n_points: int | None) -> int:
+    """The number of examples asked for, or the task's own if it has just one."""
+    least, most = trained_lengths(data)
+    if n_points is None and least != most:
+        raise InputError(f"the task has {least} to {most} examples; say how many with n_points=")
+    return most if n_points is None else whole("n_points", n_points, 1)
+
+
+def draw_prompts(
+    data: InContextRegression, tasks: int, *, n_points: int | None = None, seed: int = 0
+) -> RegressionPrompts:
+    """New prompts of a task, of `n_points` examples, which no training step has drawn.
 
     >>> import hooklens as hl
     >>> draw_prompts(hl.data.in_context_regression(d=2, n_points=3), 5).answers.shape
     torch.Size([5, 3])
     """
-    x, y, _ = data.draw(whole("tasks", tasks, 1), seeded(seed))
+    fixed = replace(data, n_points=asked_length(data, n_points))
+    x, y, _ = fixed.draw(whole("tasks", tasks, 1), seeded(seed))
     return RegressionPrompts(x[:, :-1], y[:, :-1], x[:, -1], y[:, -1], data.interleaved)
 
 
@@ -112,6 +128,12 @@ def predict(model: HookedTransformer, prompts: RegressionPrompts) -> PerTask:
     """
     need_regression(model, prompts)
     return model(prompts.to(model.W_U).tokens())[:, -1, 0]
+
+
+def widened_prompts(model: HookedTransformer, prompts: RegressionPrompts) -> RegressionPrompts:
+    """The prompts on the model's device, in its dtype or float32 if that is wider: least squares needs digits."""
+    wide = torch.promote_types(model.dtype, torch.float32)
+    return prompts.to(torch.zeros((), dtype=wide, device=model.device))
 
 
 def need_regression(model: HookedTransformer, prompts: RegressionPrompts) -> None:

@@ -16,7 +16,13 @@ from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.algorithmic.icl.best_steps import best_step
 from hooklens.plugins.algorithmic.icl.input_moments import moments_of
 from hooklens.plugins.algorithmic.icl.learners import Learner, LeastSquares
-from hooklens.plugins.algorithmic.icl.regression_prompts import RegressionPrompts, need_regression, predict
+from hooklens.plugins.algorithmic.icl.regression_prompts import (
+    RegressionPrompts,
+    need_regression,
+    predict,
+    trained_lengths,
+    widened_prompts,
+)
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
 
@@ -73,9 +79,10 @@ def measure_shifts(
     """Does the model still do what a learner does on inputs that training did not show? `data` is the training task.
 
     `scales` multiply the points, the query among them; answers follow, and noise does not. `lengths` are numbers of
-    examples. `dims` are numbers of coordinates of the task. The model has `data.d` inputs for a point, so it can be
-    shown fewer coordinates, the rest 0, or the first `data.d` of more: of those it is not shown, the contribution to
-    every answer is noise to the model and to the learners. No model can be asked about more coordinates than it reads.
+    examples; the other shifts have the largest number of training. `dims` are numbers of coordinates of the task. The
+    model reads `data.d` of a point, so it can be shown fewer, the rest 0, or the first `data.d` of more. What the
+    coordinates that are not shown add to every answer is noise to the model and to the learners: no model can be asked
+    about more coordinates than it reads.
 
     >>> from hooklens.plugins.algorithmic.icl.constructions import construct_descent
     >>> from hooklens.plugins.algorithmic.icl.learners import GradientDescent
@@ -90,13 +97,14 @@ def measure_shifts(
     (2022), section 4 (longer prompts, skewed and other inputs).
     """
     shifts = _shifts(data, scales, lengths, dims)
-    longest = max([data.n_points, *(shift.task.n_points for shift in shifts)])
+    most = trained_lengths(data)[1]
+    longest = max(trained_lengths(shift.task)[1] for shift in shifts)
     need_regression(model, _Shift("", "", replace(data, n_points=longest)).draw(data.d, 1, seed))
     asked, whole_tasks = list(learners), whole("tasks", tasks, 1)
     by_shift = torch.stack([_errors(model, asked, shift.draw(data.d, whole_tasks, seed)) for shift in shifts], 1)
     zero = by_shift[-1]
     untrained = "; positions without training" * isinstance(model.cfg.positional_embedding_type, Learned)
-    notes = [shift.note + untrained * (shift.task.n_points > data.n_points) for shift in shifts]
+    notes = [shift.note + untrained * (trained_lengths(shift.task)[1] > most) for shift in shifts]
     hidden = torch.tensor([shift.hidden(data.d) for shift in shifts]).to(zero)
     return ShiftErrors(
         shifts=[shift.name for shift in shifts],
@@ -133,16 +141,18 @@ class _Shift:
 def _shifts(
     data: InContextRegression, scales: Sequence[float], lengths: Sequence[int], dims: Sequence[int]
 ) -> list[_Shift]:
-    shifts: list[_Shift] = []
+    (least, most), shifts = trained_lengths(data), list[_Shift]()
+    data = replace(data, n_points=most)
     for scale in scales:
         note = "as in training" if real("scales", scale) == 1 else f"points times {scale:g}"
         shifts.append(_Shift(f"scale {scale:g}", note, data, scale))
     for length in lengths:
-        note = "longer than training" if whole("lengths", length, 1) > data.n_points else "no longer than training"
+        side = (whole("lengths", length, 1) > most) - (length < least)
+        note = {1: "longer than training", 0: "a length of training", -1: "shorter than training"}[side]
         shifts.append(_Shift(f"{length} examples", note, replace(data, n_points=length)))
     for d in dims:
         more = whole("dims", d, 1) > data.d
-        note = f"the first {data.d} of {d} coordinates" if more else f"{d} coordinates, {data.d - d} zeros"
+        note = f"the first {data.d} of {d} coordinates" if more else f"{d} of {data.d} coordinates, the rest 0"
         shifts.append(_Shift(f"{d} dimension{'s' * (d > 1)}", note, replace(data, d=d)))
     if not shifts:
         raise InputError("measure_shifts needs at least one of scales, lengths and dims")
@@ -153,9 +163,9 @@ def _errors(
     model: HookedTransformer, learners: Sequence[Learner], prompts: RegressionPrompts
 ) -> Float[Tensor, "answerer"]:
     """Mean squared errors: the model's, the learners', and that of 0."""
-    prompts = prompts.to(model.W_U)
+    prompts = widened_prompts(model, prompts)
     with torch.no_grad():
-        answers = [predict(model, prompts), *(learner.predict(prompts) for learner in learners)]
+        answers = [predict(model, prompts).to(prompts.target), *(learner.predict(prompts) for learner in learners)]
         return torch.stack([*answers, torch.zeros_like(prompts.target)]).sub(prompts.target).square().mean(1)
 
 

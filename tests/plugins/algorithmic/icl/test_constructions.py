@@ -34,7 +34,7 @@ def regression_model(d=2, **changes):
     return tiny_model(**{"embed": VectorEmbed(d_in=d + 1), "d_vocab_out": 1} | changes)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(d=st.integers(1, 4), k=st.integers(1, 8), steps=rates, mean=st.booleans(), seed=st.integers(0, 99))
 def test_the_construction_equals_gradient_descent_in_float64(d, k, steps, mean, seed):
     prompts = draw_prompts(hl.data.in_context_regression(d=d, n_points=k), 6, seed=seed).to(DOUBLE)
@@ -177,6 +177,15 @@ def test_the_regressed_scores_are_those_of_the_model():
             torch.testing.assert_close(found.scores, cache["attn_scores", layer][:, head, -1, :-1].detach())
 
 
+def test_interleaved_keys_are_the_tokens_of_the_answers():
+    model = regression_model()
+    prompts = draw_prompts(hl.data.in_context_regression(d=2, n_points=4, interleaved=True), 3)
+    _, cache = model.run_with_cache(prompts.tokens(), names=["attn_scores"])
+    found = regress_attention(model, prompts)
+    torch.testing.assert_close(found.scores, cache["attn_scores", 0][:, 0, -1, 1::2].detach())
+    assert found.first_scores.shape == (5, 5) and found.scores.shape == (3, 4)
+
+
 def test_models_that_cannot_read_the_prompts_are_refused():
     prompts = draw_prompts(hl.data.in_context_regression(d=2, n_points=40), 3)
     with refused(HooklensError, "41 tokens, and the model's n_ctx is 32"):
@@ -192,4 +201,5 @@ def test_models_that_cannot_read_the_prompts_are_refused():
 
 @pytest.mark.parametrize("plugin", ["compare_learners", "regress_attention"])
 def test_the_contract_on_models_that_read_vectors(plugin):
-    check_plugin(plugin, models={"vectors": regression_model(), "float64": regression_model(dtype=torch.float64)})
+    dtypes = (torch.float64, torch.float32, torch.bfloat16)
+    check_plugin(plugin, models={str(dtype): regression_model(dtype=dtype) for dtype in dtypes})

@@ -1,6 +1,7 @@
 """Learners against their closed forms: gains, expected errors, best steps, and what reduces to what."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -181,13 +182,13 @@ def test_preconditioning_helps_where_variances_differ():
 )
 def test_expected_errors_are_those_of_simulated_prompts(inputs, noise, d, k):
     data = hl.data.in_context_regression(d=d, n_points=k, inputs=inputs, noise=noise)
-    prompts = draw_prompts(data, 40_000).to(DOUBLE)
+    prompts = draw_prompts(data, 20_000).to(DOUBLE)
     moments = moments_of(data)
     v = float(moments.covariance[0, 0])
     learners = [Zero(), Averaging(v), GradientDescent(0.4 / v), GradientDescent((0.5 / v, 0.3 / v)), Ridge(0.1 * v)]
     learners += [GDPlusPlus((0.4 / v, 0.3 / v), (0.1 / v, 0.0)), best_preconditioner(moments, k, noise=noise)]
     for learner in [*learners, LeastSquares()]:
-        expected = expected_error(learner, data, draws=4000)
+        expected = expected_error(learner, data, draws=2000)
         errors = (learner.predict(prompts) - prompts.target).square()
         spread = math.hypot(float(errors.std()) / math.sqrt(len(errors)), expected.standard_error)
         assert abs(float(errors.mean()) - expected.value) < 4.5 * spread + 1e-12, learner.title
@@ -209,9 +210,9 @@ def test_ridge_with_the_noise_is_the_best_penalty():
 
 def test_searched_steps_are_the_closed_form_at_depth_1_and_no_worse_at_each_further_one():
     data = hl.data.in_context_regression(d=3, n_points=8, inputs="normal")
-    draws = {"draws": 4000}
+    draws = {"draws": 1000}
     by_search, exact = best_constant_steps(data, 8, 1, **draws), best_step(moments_of(data), 8)
-    assert by_search.rates[0] == pytest.approx(exact.rate, rel=0.01)
+    assert by_search.rates[0] == pytest.approx(exact.rate, rel=0.03)
     constant = [best_constant_steps(data, 8, depth, **draws) for depth in (1, 2, 3)]
     for learners in (constant, best_step_schedules(data, 8, 3, **draws), best_gd_plus_plus(data, 8, 3, **draws)):
         errors = [expected_error(learner, data, **draws).value for learner in learners]
@@ -219,7 +220,7 @@ def test_searched_steps_are_the_closed_form_at_depth_1_and_no_worse_at_each_furt
 
 
 def test_depth_never_reaches_least_squares_on_noiseless_data():
-    gap = measure_depth_gap(hl.data.in_context_regression(d=3, n_points=5), (1, 3), draws=2000)
+    gap = measure_depth_gap(hl.data.in_context_regression(d=3, n_points=5), (1, 3), draws=500)
     assert gap.least_squares == 0 and gap.zero == pytest.approx(0.25)
     assert 0 < gap.plus_plus[1] < gap.schedule[1] <= gap.constant[1] < gap.constant[0]
     assert "least squares 0" in gap.sentence and len(gap.table()) == 2 and gap.figure().data
@@ -232,6 +233,17 @@ def test_prompts_are_the_tokens_that_the_task_shows():
         prompts = prompts_of(batch)
         assert prompts.interleaved is interleaved and prompts.points.shape == (5, 4, 3)
         assert torch.equal(prompts.tokens(), batch.inputs) and torch.equal(prompts.target, batch.targets[:, -1, 0])
+
+
+def test_prompts_of_a_task_with_several_lengths_are_of_the_one_asked_for():
+    data = replace(hl.data.in_context_regression(d=2), n_points=(3, 7))
+    assert draw_prompts(data, 4, n_points=5).n_points == 5
+    assert expected_error(LeastSquares(), data, n_points=1).value == pytest.approx(1 / 12)
+    for asks in (lambda: draw_prompts(data, 4), lambda: expected_error(Zero(), data)):
+        with refused(HooklensError, "3 to 7 examples; say how many with n_points="):
+            asks()
+    summed = [GradientDescent((1.0, 1.0), mean=False), GDPlusPlus(1.0, 0.0, mean=False)]
+    assert [learner.title for learner in summed] == ["2 steps of gradient descent, summed", "GD++, 1 step, summed"]
 
 
 def test_bad_input_says_what_would_work():

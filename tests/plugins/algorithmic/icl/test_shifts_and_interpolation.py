@@ -14,6 +14,7 @@ from hooklens.plugins.algorithmic.icl.shifted_prompts import measure_shifts
 from hooklens.plugins.algorithmic.icl.weight_interpolation import interpolate_weights, weight_products
 from hooklens.testing import check_plugin, tiny_model
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 DOUBLE = torch.zeros((), dtype=torch.float64)
 
 
@@ -111,8 +112,10 @@ def test_the_construction_errs_as_its_learner_on_every_shift():
     found = measure_shifts(model, data, others, scales=(0.5, 1.0, 3.0), lengths=(2, 20), dims=(1, 3, 7), tasks=300)
     torch.testing.assert_close(found.model_errors, found.learner_errors[0])
     torch.testing.assert_close(found.learner_errors[3], torch.ones(8, dtype=torch.float64))
-    assert found.notes[1] == "as in training" and found.notes[4] == "longer than training"
-    assert found.notes[5:] == ["1 coordinates, 2 zeros", "3 coordinates, 0 zeros", "the first 3 of 7 coordinates"]
+    assert found.notes[1] == "as in training"
+    assert found.notes[3:5] == ["shorter than training", "longer than training"]
+    rest = " of 3 coordinates, the rest 0"
+    assert found.notes[5:] == [f"1{rest}", f"3{rest}", "the first 3 of 7 coordinates"]
     # no answer is better than what is left by the noise and by the hidden coordinates, up to sampling
     assert (found.learner_errors[2] > 0.7 * found.unavoidable).all()
     assert found.unavoidable[7] > 0.4 > found.unavoidable[6]  # (4/12 + 0.01) / (7/12 + 0.01)
@@ -144,4 +147,4 @@ def test_longer_prompts_on_learned_positions_say_that_these_are_untrained():
 
 @pytest.mark.parametrize("plugin", ["interpolate_weights", "measure_shifts"])
 def test_the_contract_on_models_that_read_vectors(plugin):
-    check_plugin(plugin, models={"float64": linear_model(), "float32": linear_model(dtype=torch.float32)})
+    check_plugin(plugin, models={str(dtype): linear_model(dtype=dtype) for dtype in DTYPES})
