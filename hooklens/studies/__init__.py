@@ -5,6 +5,9 @@ from hooklens.studies.circuit_study import CircuitStudy, study_circuit
 from hooklens.studies.claims import zero_heads
 from hooklens.studies.head_study import HeadStudy, study_heads
 from hooklens.studies.heads_page import taxonomy_report
+from hooklens.studies.icl_errors import ErrorsByLength, measure_errors
+from hooklens.studies.icl_runs import study_runs, train_planned
+from hooklens.studies.icl_study import ICLStudy, study_in_context
 from hooklens.studies.ioi_study import IOIStudy, study_ioi
 from hooklens.studies.lens_study import LensStudy, study_lens
 from hooklens.studies.pages import transfer_report
@@ -14,22 +17,28 @@ from hooklens.studies.result_claims import causal_claims, mover_claims, steering
 
 __all__ = [
     "CircuitStudy",
+    "ErrorsByLength",
     "HeadStudy",
+    "ICLStudy",
     "IOIStudy",
     "LensStudy",
     "PairStudy",
     "causal_claims",
     "choose_heads",
+    "measure_errors",
     "mover_claims",
     "probe_report",
     "steering_claims",
     "study_circuit",
     "study_heads",
+    "study_in_context",
     "study_ioi",
     "study_lens",
     "study_pair",
+    "study_runs",
     "taxonomy_claims",
     "taxonomy_report",
+    "train_planned",
     "transfer_report",
     "zero_heads",
 ]
