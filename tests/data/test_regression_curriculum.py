@@ -86,7 +86,7 @@ def model_of(data, **changes):
 
 
 def test_a_run_records_the_held_out_loss_of_every_number_of_examples(tmp_path):
-    data, settings = regression(), Settings(batch=16, loss="squared_error", evaluate=2)
+    data, settings = regression(), Settings(batch=64, loss="squared_error", evaluate=2, checkpoints=1)
     model = model_of(data)
     run = hl.train(model, data, steps=4, settings=settings, out=tmp_path / "whole", show=False)
     by_position = run.evaluations()["by_position"]
@@ -99,15 +99,16 @@ def test_a_run_records_the_held_out_loss_of_every_number_of_examples(tmp_path):
 
 def test_a_curriculum_goes_on_where_it_was_stopped(tmp_path):
     def stop(step, loss):
-        if step == 25:
+        if step == 9:
             raise RuntimeError
 
-    data, settings = regression(), Settings(batch=8, loss="squared_error", schedule="constant", evaluate=1)
+    data = regression(curriculum=12)
+    settings = Settings(batch=64, loss="squared_error", schedule="constant", evaluate=1, checkpoints=1)
     whole, resumed = model_of(data), model_of(data)
-    hl.train(whole, data, steps=60, settings=settings, out=tmp_path / "whole", show=False)
+    hl.train(whole, data, steps=16, settings=settings, out=tmp_path / "whole", show=False)
     with pytest.raises(RuntimeError):
-        hl.train(resumed, data, steps=60, settings=settings, out=tmp_path / "cut", after_step=stop, show=False)
-    hl.train(model_of(data), data, steps=60, settings=settings, out=tmp_path / "cut", show=False)
+        hl.train(resumed, data, steps=16, settings=settings, out=tmp_path / "cut", after_step=stop, show=False)
+    hl.train(model_of(data), data, steps=16, settings=settings, out=tmp_path / "cut", show=False)
     ends = [hl.open_run(tmp_path / name).checkpoints()[-1].load() for name in ("whole", "cut")]
     assert torch.equal(ends[0].blocks[0].attn.q.weight, ends[1].blocks[0].attn.q.weight)
 
