@@ -197,23 +197,28 @@ def measure_depth_gap(
     def errors(learner: Learner, spectra: Float[Tensor, "draw d"]) -> Float[Tensor, "draw"]:
         return spectral_errors(learner.gain(spectra, k), spectra, data, k)
 
-    searched = [best_step_schedules(data, k, steps[-1], **drawn), best_gd_plus_plus(data, k, steps[-1], **drawn)]
+    searched: list[Sequence[Learner]] = [
+        best_step_schedules(data, k, steps[-1], **drawn),
+        best_gd_plus_plus(data, k, steps[-1], **drawn),
+    ]
     kept = [_chosen(learners, lambda learner: float(errors(learner, chosen_on).mean())) for learners in searched]
-    curves = [[best_constant_steps(data, k, depth, **drawn) for depth in steps]]
+    curves: list[list[Learner]] = [[best_constant_steps(data, k, depth, **drawn) for depth in steps]]
     curves += [[learners[depth - 1] for depth in steps] for learners in kept]
     measured = torch.stack([torch.stack([errors(learner, measured_on) for learner in curve]) for curve in curves])
     constant, schedule, plus_plus = measured.mean(-1)
-    references = (LeastSquares(), Zero(), *([Ridge(data.noise**2)] if data.noise > 0 else []))
-    exact = [expected_error(learner, data, n_points=k, draws=draws, seed=seed).value for learner in references]
+
+    def reference(learner: Learner) -> float:
+        return expected_error(learner, data, n_points=k, draws=draws, seed=seed).value
+
     return DepthGap(
         depths=torch.tensor(steps),
         constant=constant,
         schedule=schedule,
         plus_plus=plus_plus,
         standard_errors=measured.std(-1) / math.sqrt(len(measured_on)),
-        least_squares=exact[0],
-        ridge=exact[2] if data.noise > 0 else math.inf,
-        zero=exact[1],
+        least_squares=reference(LeastSquares()),
+        ridge=reference(Ridge(data.noise**2)) if data.noise > 0 else math.inf,
+        zero=reference(Zero()),
         n_points=k,
     )
 
