@@ -61,8 +61,8 @@ def regress_attention(
     """How well do inner products with the query explain the attention scores of a head?
 
     In one step of gradient descent the score is proportional to <x_i, x_query>: R^2 is 1. Of interleaved prompts the
-    keys are the tokens of the answers, which an earlier layer may have given their point; the matrix of the first prompt is
-    that of the points' own tokens.
+    keys are the tokens of the answers, which an earlier layer may have given their point; the matrix of the first
+    prompt is that of the points' own tokens.
 
     >>> from hooklens.plugins.algorithmic.icl.constructions import construct_descent
     >>> from hooklens.plugins.algorithmic.icl.learners import GradientDescent

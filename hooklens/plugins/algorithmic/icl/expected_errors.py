@@ -1,7 +1,7 @@
 """Expected squared errors of learners: in closed form where there is one, else averaged over drawn data sets."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +121,7 @@ class DepthGap(Result):
     """Errors of the best learner of each depth, and those of least squares, ridge and zero.
 
     `constant`: gradient descent with one rate; `schedule`: a rate for each step; `plus_plus`: GD++. A layer of linear
-    attention can do one step of each.
+    attention can do one step of each. `standard_errors` are those of the three means over drawn data sets.
     """
 
     baselines = ("least_squares", "zero")
@@ -130,6 +130,7 @@ class DepthGap(Result):
     constant: Float[Tensor, "depth"]
     schedule: Float[Tensor, "depth"]
     plus_plus: Float[Tensor, "depth"]
+    standard_errors: Float[Tensor, "kind depth"]
     least_squares: float
     ridge: float
     zero: float
@@ -176,7 +177,9 @@ def measure_depth_gap(
 ) -> DepthGap:
     """How far are the best 1, 2, ... steps of gradient descent and GD++ from least squares?
 
-    Rates are chosen on one set of data sets and the errors are those on another, so that no depth profits from luck.
+    Rates are searched on `draws` data sets, the number of steps up to the depth is chosen on others, and the errors are
+    those on a third set. A search with few draws fits the largest eigenvalue that it saw: many steps diverge above it,
+    and fewer are then chosen, since a layer may also do nothing.
 
     >>> import hooklens as hl
     >>> gap = measure_depth_gap(hl.data.in_context_regression(d=3, n_points=6), (1, 2), draws=200)
@@ -188,24 +191,39 @@ def measure_depth_gap(
     if steps != sorted(set(steps)):
         raise InputError(f"depths ascend, each once; got {steps}")
 
-    def error(learner: Learner) -> float:
-        return expected_error(learner, data, n_points=k, draws=draws, seed=seed + 1).value
-
     drawn: dict[str, Any] = {"draws": draws, "seed": seed}
-    chosen: dict[str, Sequence[Learner]] = {
-        "constant": [best_constant_steps(data, k, depth, **drawn) for depth in range(1, steps[-1] + 1)],
-        "schedule": best_step_schedules(data, k, steps[-1], **drawn),
-        "plus_plus": best_gd_plus_plus(data, k, steps[-1], **drawn),
-    }
-    curves = {name: [error(learners[depth - 1]) for depth in steps] for name, learners in chosen.items()}
-    by_name = {name: torch.tensor(values, dtype=torch.float64) for name, values in curves.items()}
+    chosen_on, measured_on = (draw_spectra(data, k, draws=max(draws, _ERROR_DRAWS), seed=seed + n) for n in (1, 2))
+
+    def errors(learner: Learner, spectra: Float[Tensor, "draw d"]) -> Float[Tensor, "draw"]:
+        return spectral_errors(learner.gain(spectra, k), spectra, data, k)
+
+    searched: list[Sequence[Learner]] = [
+        best_step_schedules(data, k, steps[-1], **drawn),
+        best_gd_plus_plus(data, k, steps[-1], **drawn),
+    ]
+    kept = [_chosen(learners, lambda learner: float(errors(learner, chosen_on).mean())) for learners in searched]
+    curves: list[list[Learner]] = [[best_constant_steps(data, k, depth, **drawn) for depth in steps]]
+    curves += [[learners[depth - 1] for depth in steps] for learners in kept]
+    measured = torch.stack([torch.stack([errors(learner, measured_on) for learner in curve]) for curve in curves])
+    constant, schedule, plus_plus = measured.mean(-1)
+
+    def reference(learner: Learner) -> float:
+        return expected_error(learner, data, n_points=k, draws=draws, seed=seed).value
+
     return DepthGap(
         depths=torch.tensor(steps),
-        constant=by_name["constant"],
-        schedule=by_name["schedule"],
-        plus_plus=by_name["plus_plus"],
-        least_squares=error(LeastSquares()),
-        ridge=error(Ridge(data.noise**2)) if data.noise > 0 else math.inf,
-        zero=error(Zero()),
+        constant=constant,
+        schedule=schedule,
+        plus_plus=plus_plus,
+        standard_errors=measured.std(-1) / math.sqrt(len(measured_on)),
+        least_squares=reference(LeastSquares()),
+        ridge=reference(Ridge(data.noise**2)) if data.noise > 0 else math.inf,
+        zero=reference(Zero()),
         n_points=k,
     )
+
+
+def _chosen(learners: Sequence[Learner], error: Callable[[Learner], float]) -> list[Learner]:
+    """For each depth the learner of smallest error among those of at most that depth."""
+    errors = [error(learner) for learner in learners]
+    return [learners[min(range(depth), key=errors.__getitem__)] for depth in range(1, len(learners) + 1)]

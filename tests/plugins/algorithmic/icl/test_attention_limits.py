@@ -154,18 +154,23 @@ def test_with_all_parts_on_the_streams_are_those_of_the_model(block):
     torch.testing.assert_close(found.share[-1], share.mean(1))
 
 
-def test_each_variant_is_the_pass_written_out_by_hand():
-    model = zoo_model("gpt2", n_layers=1, dtype=torch.float64)
+@pytest.mark.parametrize("kind", ["pre", "parallel"])
+def test_each_variant_is_the_pass_written_out_by_hand(kind):
+    model = zoo_model("gpt2", n_layers=1, block=kind, dtype=torch.float64)
     found = measure_rank_collapse(model, TOKENS)
     _, cache = model.run_with_cache(TOKENS, names=["resid_pre", "attn_out"])
     x, attn, block = cache["resid_pre", 0], cache["attn_out", 0], model.blocks[0]
+    side = {  # side by side, the MLP reads the input of the block
+        "attention + MLP": attn + block.mlp(block.ln2(x)),
+        "attention + residual + MLP": x + attn + block.mlp(block.ln2(x)),
+    }
     by_hand = {
         "attention": attn,
         "attention + residual": x + attn,
         "attention + MLP": block.mlp(block.ln2(attn)),
         "attention + residual + MLP": x + attn + block.mlp(block.ln2(x + attn)),
     }
-    for name, stream in by_hand.items():
+    for name, stream in (by_hand | side if kind == "parallel" else by_hand).items():
         left = composite_norm(residual_to_rank_one(stream.detach())).mean()
         torch.testing.assert_close(found.residual[found.variants.index(name), 1], left)
 

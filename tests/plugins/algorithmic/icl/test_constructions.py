@@ -10,7 +10,7 @@ from refused import refused
 
 import hooklens as hl
 from hooklens.core.errors import HooklensError
-from hooklens.model.config import LinearScore, VectorEmbed
+from hooklens.model.config import Biases, LinearScore, VectorEmbed
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.algorithmic.icl.attention_regression import regress_attention
 from hooklens.plugins.algorithmic.icl.constructions import FirstKeys, construct_descent
@@ -175,6 +175,18 @@ def test_the_regressed_scores_are_those_of_the_model():
             _, cache = model.run_with_cache(prompts.tokens(), names=["attn_scores"])
             found = regress_attention(model, prompts, layer=layer, head=head)
             torch.testing.assert_close(found.scores, cache["attn_scores", layer][:, head, -1, :-1].detach())
+
+
+def test_a_term_of_the_query_alone_leaves_the_fit_within_prompts():
+    """A key bias adds q . b to all scores of a prompt, which a softmax would not see."""
+    built = construct_descent(GradientDescent(2.0), 3, 6, dtype=torch.float64)
+    model = HookedTransformer(built.cfg.replace(biases=Biases(o=False, mlp=False)), dtype=torch.float64)
+    model.load_state_dict(built.state_dict(), strict=False)
+    with torch.no_grad():
+        model.blocks[0].attn.q.bias.zero_()
+        model.blocks[0].attn.k.bias.fill_(1.0)
+    found = regress_attention(model, draw_prompts(hl.data.in_context_regression(d=3, n_points=6), 50))
+    assert found.r2 < 0.6 and found.r2_within == pytest.approx(1)
 
 
 def test_interleaved_keys_are_the_tokens_of_the_answers():
