@@ -124,8 +124,8 @@ def modular_arithmetic(
 def check_fraction(fraction: Any, n_pairs: int) -> float:
     """Return the share of pairs to train on, which must leave at least one pair to train on.
 
-    >>> check_fraction(1, 25)
-    1.0
+    >>> check_fraction(0.5, 25)
+    0.5
     """
     good = isinstance(fraction, Real) and not isinstance(fraction, bool)
     if not good or not 0 < fraction <= 1 or share_of(n_pairs, fraction) < 1:
