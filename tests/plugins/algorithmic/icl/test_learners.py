@@ -195,6 +195,8 @@ def test_expected_errors_are_those_of_simulated_prompts(inputs, noise, d, k):
 
 
 def test_noisy_least_squares_has_no_mean_near_as_many_points_as_dimensions():
+    uniform = hl.data.in_context_regression(d=5, noise=0.5)
+    assert [expected_error(LeastSquares(), uniform, n_points=k).value for k in (4, 5, 6)] == [math.inf] * 3
     data = hl.data.in_context_regression(d=5, inputs="normal", noise=0.5)
     errors = [expected_error(LeastSquares(), data, n_points=k).value for k in (3, 4, 5, 6, 7)]
     assert errors[1:4] == [math.inf] * 3
