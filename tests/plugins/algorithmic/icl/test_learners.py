@@ -178,7 +178,7 @@ def test_preconditioning_helps_where_variances_differ():
 
 
 @pytest.mark.parametrize(
-    ("inputs", "noise", "d", "k"), [("normal", 0.3, 3, 9), ("uniform", 0.05, 4, 3), ("uniform", 0.0, 3, 5)]
+    ("inputs", "noise", "d", "k"), [("normal", 0.3, 3, 9), ("uniform", 0.05, 6, 2), ("uniform", 0.0, 3, 5)]
 )
 def test_expected_errors_are_those_of_simulated_prompts(inputs, noise, d, k):
     data = hl.data.in_context_regression(d=d, n_points=k, inputs=inputs, noise=noise)
