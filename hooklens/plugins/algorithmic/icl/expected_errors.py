@@ -56,8 +56,9 @@ def expected_error(
     """What is a learner's expected squared error on a task, with the noise of the answer at the query included?
 
     Exact: zero, averaging, one step, one preconditioned step; least squares without noise, and with noise for normal
-    inputs (infinite for d - 1, d and d + 1 examples). Of the others the error is exact given the points, and averaged
-    over `draws` of them.
+    inputs. With noise it is infinite for d - 1, d and d + 1 examples of any inputs with a density. Of the others the
+    error is exact given the points, and averaged over `draws` of them; within 3 of d, noisy least squares has no
+    variance, so that its standard error says little.
 
     >>> import hooklens as hl
     >>> data = hl.data.in_context_regression(d=10, n_points=4, inputs="normal")
@@ -109,10 +110,10 @@ def _least_squares(data: InContextRegression, k: int, variance: float) -> float 
     bias, noise = variance * max(data.d - k, 0), data.noise**2
     if noise == 0:
         return bias
+    if abs(k - data.d) <= 1:  # the density of the smallest eigenvalue at 0 is too large for a mean of its inverse
+        return math.inf
     if data.inputs != "normal":
         return None
-    if abs(k - data.d) <= 1:
-        return math.inf
     return bias + noise * min(k, data.d) / (abs(k - data.d) - 1) + noise
 
 

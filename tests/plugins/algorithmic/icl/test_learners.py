@@ -178,7 +178,7 @@ def test_preconditioning_helps_where_variances_differ():
 
 
 @pytest.mark.parametrize(
-    ("inputs", "noise", "d", "k"), [("normal", 0.3, 3, 9), ("uniform", 0.05, 4, 3), ("uniform", 0.0, 3, 5)]
+    ("inputs", "noise", "d", "k"), [("normal", 0.3, 3, 9), ("uniform", 0.05, 6, 2), ("uniform", 0.0, 3, 5)]
 )
 def test_expected_errors_are_those_of_simulated_prompts(inputs, noise, d, k):
     data = hl.data.in_context_regression(d=d, n_points=k, inputs=inputs, noise=noise)
@@ -195,6 +195,8 @@ def test_expected_errors_are_those_of_simulated_prompts(inputs, noise, d, k):
 
 
 def test_noisy_least_squares_has_no_mean_near_as_many_points_as_dimensions():
+    uniform = hl.data.in_context_regression(d=5, noise=0.5)
+    assert [expected_error(LeastSquares(), uniform, n_points=k).value for k in (4, 5, 6)] == [math.inf] * 3
     data = hl.data.in_context_regression(d=5, inputs="normal", noise=0.5)
     errors = [expected_error(LeastSquares(), data, n_points=k).value for k in (3, 4, 5, 6, 7)]
     assert errors[1:4] == [math.inf] * 3
