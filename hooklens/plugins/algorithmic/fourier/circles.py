@@ -83,8 +83,11 @@ class Circles(Result):
             figure = scatter(
                 points[:, 0], points[:, 1], range(self.modulus), title, colour=order, colourbar="k n mod p"
             )
-            drawn.append(figure.update_yaxes(scaleanchor="x", scaleratio=1))
-        return drawn[0] if len(drawn) == 1 else panels(drawn)
+            drawn.append(figure.update_layout(showlegend=False))
+        stacked = panels(drawn)
+        for i, axis in enumerate(stacked.select_yaxes()):
+            axis.update(scaleanchor=f"x{i + 1}" if i else "x")  # a circle is drawn round
+        return stacked
 
     def _drawn(self, frequencies: Tensor, points: Tensor, variance: str) -> zip:
         return zip(frequencies.tolist(), points, getattr(self, variance).tolist(), strict=True)

@@ -101,7 +101,7 @@ class KeyFrequencies(Result):
         from hooklens.viz.figures import heatmap
 
         shares = torch.stack([score / score.abs().max().clamp_min(1e-300) for score in self.scores.values()])
-        marks = [["x" if k + 1 in keys else "" for k in range(self.modulus // 2)] for keys in self.by_rule.values()]
+        marks = [["x" if k + 1 in keys else "·" for k in range(self.modulus // 2)] for keys in self.by_rule.values()]
         title = f"Key frequencies modulo {self.modulus}: " + (
             ", ".join(map(str, self.keys)) or "none by the first rule"
         )
