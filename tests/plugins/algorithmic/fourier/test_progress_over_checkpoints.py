@@ -43,9 +43,11 @@ def test_every_measure_at_every_checkpoint(run):
             "gini_embedding": measure_fourier_spectrum(model, 7).gini_embedding,
             "squared_weights": sum(parameter.double().square().sum().item() for parameter in model.parameters()),
         }
+        # the model is float32, and with its neurons listened to it runs another kernel
+        close = 8 * torch.finfo(torch.float32).eps
         for name, value in expected.items():
-            assert abs(float(getattr(measured, name)[i]) - value) < 1e-9 * max(1, abs(value)), name
-        assert torch.allclose(measured.coefficients[i], formula_coefficients(table.logits)[[0, 2]], atol=1e-12)
+            assert abs(float(getattr(measured, name)[i]) - value) < close * max(1, abs(value)), name
+        assert torch.allclose(measured.coefficients[i], formula_coefficients(table.logits)[[0, 2]], atol=close)
     assert len(measured.table().rows) == 3
 
 
