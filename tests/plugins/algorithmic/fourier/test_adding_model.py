@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from planted_addition import PHASES, SCALE, adding_model, written_out
+from refused import refused
 
 from hooklens import logit_diff, patch
 from hooklens.core.arguments import seeded
@@ -195,17 +196,17 @@ def test_a_model_that_cannot_have_been_trained_on_this_is_refused(changes, data,
 
 def test_other_wrong_arguments():
     model = tiny_model(d_vocab=8)
-    with pytest.raises(WrongType, match="modular_arithmetic"):
+    with refused(WrongType, says="modular_arithmetic"):
         run_pairs(model, "7")
-    with pytest.raises(WrongType, match="HookedTransformer"):
+    with refused(WrongType, says="HookedTransformer"):
         run_pairs(torch.nn.Linear(2, 2), 7)
-    with pytest.raises(InputError, match="needs its task"):
+    with refused(InputError, says="needs its task"):
         classify_neurons(model)
-    with pytest.raises(InputError, match="different sums"):
+    with refused(InputError, says="different sums"):
         patch_neurons(model, 7, [[1, 2]], [[2, 1]])
-    with pytest.raises(InputError, match="equally many pairs"):
+    with refused(InputError, says="equally many pairs"):
         patch_neurons(model, 7, [[1, 2]], [[2, 1], [3, 4]])
-    with pytest.raises(InputError, match="from 0 to 6"):
+    with refused(InputError, says="from 0 to 6"):
         patch_neurons(model, 7, [[1, 7]], [[2, 1]])
-    with pytest.raises(InputError, match="no Fourier circuit"):
+    with refused(InputError, says="no Fourier circuit"):
         read_sum_directions(tiny_model(d_vocab=14), 13)

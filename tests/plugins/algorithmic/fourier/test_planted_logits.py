@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from refused import refused
 
 from hooklens.core.errors import InputError, NameNotFound
 from hooklens.data.modular import modular_arithmetic
@@ -145,7 +146,7 @@ def test_all_frequencies_are_good_enough(seed):
 
 
 def test_a_model_that_is_no_better_than_chance_has_no_smallest_set():
-    with pytest.raises(InputError, match="does not generalise"):
+    with refused(InputError, says="does not generalise"):
         find_smallest_set(tabulate(torch.zeros(7, 7, 7)))
 
 
@@ -159,23 +160,23 @@ def test_a_model_that_is_no_better_than_chance_has_no_smallest_set():
     ],
 )
 def test_a_table_of_another_shape_is_refused(logits, seen):
-    with pytest.raises(InputError, match=seen):
+    with refused(InputError, says=seen):
         tabulate(logits)
 
 
 def test_what_a_table_lacks_is_said():
     table = tabulate(torch.zeros(5, 5, 5))
-    with pytest.raises(InputError, match="no neurons"):
+    with refused(InputError, says="no neurons"):
         classify_neurons(table)
-    with pytest.raises(InputError, match="same p = 5"):
+    with refused(InputError, says="same p = 5"):
         tabulate(torch.zeros(5, 5, 5), post=torch.zeros(4, 4, 2))
-    with pytest.raises(InputError, match="not finite"):
+    with refused(InputError, says="not finite"):
         tabulate(torch.full((5, 5, 5), math.nan))
-    with pytest.raises(InputError, match="at least one"):
+    with refused(InputError, says="at least one"):
         excluded_loss(table.logits, [1], torch.zeros(5, 5, dtype=torch.bool))
-    with pytest.raises(InputError, match="1 to p // 2 = 2"):
+    with refused(InputError, says="1 to p // 2 = 2"):
         restricted_loss(table.logits, [3])
-    with pytest.raises(NameNotFound, match="logit similarity"):
+    with refused(NameNotFound, says="logit similarity"):
         find_key_frequencies(table).by("logits similarity")
     assert math.isnan(table.mean_over(table.losses, table.held_out)) and len(table.table()) == 1
 
@@ -211,7 +212,7 @@ def test_the_plane_spectrum_of_a_product():
     spectrum = measure_plane_spectrum(tabulate(torch.zeros(p, p, p), post=post[:, :, None]))
     (row,) = spectrum.top(1).rows
     assert row[:2] == ("cos 2", "sin 3") and abs(row[2] - p / 2) < 1e-12 and abs(row[3] - 1) < 1e-12
-    with pytest.raises(NameNotFound, match="post"):
+    with refused(NameNotFound, says="post"):
         measure_plane_spectrum(tabulate(torch.zeros(p, p, p)), site="pots")
 
 
