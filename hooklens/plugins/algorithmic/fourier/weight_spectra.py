@@ -12,7 +12,6 @@ from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.algorithmic.fourier.basis import (
     component_names,
     distinguished,
-    frequency_power,
     transform,
 )
 from hooklens.plugins.algorithmic.fourier.demo_task import demo_modulus
@@ -145,11 +144,6 @@ def measure_fourier_spectrum(model: HookedTransformer, data: Task, *, layer: int
     has_mlp = not model.cfg.attn_only
     neuron_logit = transform(neuron_logit_map(model, p, layer=layer).T).norm(dim=1) if has_mlp else None
     return FourierSpectrum(embedding, neuron_logit)
-
-
-def columns_by_frequency(model: HookedTransformer, p: int, *, layer: int = -1) -> Float[Tensor, "neuron frequency"]:
-    """The squared norm of each neuron's weights to the logits, by frequency of the answer."""
-    return frequency_power(neuron_logit_map(model, p, layer=layer).T).T
 
 
 def demo(model: HookedTransformer) -> FourierSpectrum | Needs:

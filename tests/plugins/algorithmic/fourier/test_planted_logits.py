@@ -172,6 +172,10 @@ def test_what_a_table_lacks_is_said():
         classify_neurons(table)
     with refused(InputError, says="same p = 5"):
         tabulate(torch.zeros(5, 5, 5), post=torch.zeros(4, 4, 2))
+    with refused(InputError, says="boolean"):
+        tabulate(torch.zeros(5, 5, 5), trained=torch.zeros(5, 5))
+    with refused(InputError, says="data of p = 7"):
+        fit_logit_formula(table, 7)
     with refused(InputError, says="not finite"):
         tabulate(torch.full((5, 5, 5), math.nan))
     with refused(InputError, says="at least one"):
