@@ -17,7 +17,7 @@ from hooklens.plugins.algorithmic.fourier.basis import (
 from hooklens.plugins.algorithmic.fourier.demo_task import demo_modulus
 from hooklens.plugins.algorithmic.fourier.pair_table import Task, modulus_of, need_model
 from hooklens.plugins.algorithmic.fourier.sparsity import gini, inverse_participation_ratio
-from hooklens.plugins.weights.matrices import embedding_matrix, folded_neurons, unembedding_rows
+from hooklens.plugins.weights.matrices import embedding_matrix, folded_neurons, read_mlp, unembedding_rows
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
 
@@ -39,7 +39,7 @@ def neuron_logit_map(model: HookedTransformer, p: int, *, layer: int = -1) -> Fl
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 4.2.
     """
     need_model(model, p)
-    writes = folded_neurons(model, layer % model.cfg.n_layers).writes.double()
+    writes = folded_neurons(model, read_mlp(model, layer)).writes.double()
     return (writes @ unembedding_rows(model).double()[:p].T).cpu()
 
 
