@@ -1,0 +1,120 @@
+"""Is a head's attention at the query a linear function of the inner products of points?"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.core.arguments import whole
+from hooklens.core.errors import did_you_mean
+from hooklens.data.regression import in_context_regression
+from hooklens.model.config import VectorEmbed
+from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.algorithmic.icl.regression_prompts import (
+    RegressionPrompts,
+    draw_prompts,
+    need_regression,
+    widened_prompts,
+)
+from hooklens.plugins.algorithmic.icl.scored_vectors import read_scored_vectors
+from hooklens.plugins.weights.needs import Needs
+from hooklens.results.result import Result
+
+AtQuery = Float[Tensor, "task point"]
+Square = Float[Tensor, "token token"]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionRegression(Result):
+    """Scores A = q k / scale of the query's row against <x_i, x_query>, and both matrices of the first prompt.
+
+    `r2` counts all variance of the scores; `r2_within` the variance between points of the same prompt, which is all
+    that a softmax sees. `random_r2` is that of the products with points of another prompt.
+    """
+
+    head: str
+    slope: float
+    intercept: float
+    r2: float
+    r2_within: float
+    random_r2: float
+    scores: AtQuery
+    products: AtQuery
+    first_scores: Square
+    first_products: Square
+
+    def figure(self) -> Any:
+        """Heat maps of the scores and of the inner products of the first prompt, the query last."""
+        from hooklens.viz.figures import heatmap
+        from hooklens.viz.small_multiples import panels
+
+        axes: dict[str, Any] = {"x_title": "key point", "y_title": "query point"}
+        scores = heatmap(self.first_scores, title=f"Scores of {self.head}", colourbar="score", **axes)
+        return panels([scores, heatmap(self.first_products, title="Inner products", colourbar="product", **axes)])
+
+
+def regress_attention(
+    model: HookedTransformer, prompts: RegressionPrompts, *, layer: int = 0, head: int = 0
+) -> AttentionRegression:
+    """How well do inner products with the query explain the attention scores of a head?
+
+    In one step of gradient descent the score is proportional to <x_i, x_query>: R^2 is 1. Of interleaved prompts the
+    keys are the tokens of the answers, which an earlier layer may have given their point; the matrix of the first
+    prompt is that of the points' own tokens.
+
+    >>> from hooklens.plugins.algorithmic.icl.constructions import construct_descent
+    >>> from hooklens.plugins.algorithmic.icl.learners import GradientDescent
+    >>> prompts = draw_prompts(in_context_regression(d=2, n_points=5), 30)
+    >>> regression = regress_attention(construct_descent(GradientDescent(1.0), 2, 5), prompts)
+    >>> round(regression.slope, 5), round(regression.r2, 5)
+    (1.0, 1.0)
+
+    Reference: von Oswald et al. (2023), proposition 1 and figure 9 (their products of weights, here on activations).
+    """
+    need_regression(model, prompts)
+    if whole("layer", layer) >= model.cfg.n_layers or whole("head", head) >= model.cfg.n_heads:
+        known = [f"L{i}H{j}" for i in range(model.cfg.n_layers) for j in range(model.cfg.n_heads)]
+        raise did_you_mean("head", f"L{layer}H{head}", known)
+    prompts = widened_prompts(model, prompts)
+    vectors = read_scored_vectors(model, prompts.tokens().to(model.dtype), [layer])
+    q, k = (part[:, head].to(prompts.query) for part in vectors[0])
+    attn: Any = model.blocks[layer].attn
+    every = q @ k.mT / attn.scale
+    xs, n = torch.cat([prompts.points, prompts.query[:, None]], 1), prompts.n_points
+    inner = xs @ xs.mT
+    first, last = every[0], every[:, -1:]
+    if prompts.interleaved:
+        first, last = every[0, ::2, ::2], every[:, -1:, 1::2]
+    scores, products = last[:, 0, :n], inner[:, -1, :n]
+    slope, intercept, r2 = _line(products, scores)
+    centred = [part - part.mean(1, keepdim=True) for part in (products, scores)]
+    return AttentionRegression(
+        head=f"L{layer}H{head}",
+        slope=slope,
+        intercept=intercept,
+        r2=r2,
+        r2_within=_line(*centred)[2],
+        random_r2=_line(products.roll(1, 0), scores)[2],
+        scores=scores,
+        products=products,
+        first_scores=first,
+        first_products=inner[0],
+    )
+
+
+def _line(x: AtQuery, y: AtQuery) -> tuple[float, float, float]:
+    """Slope, intercept and R^2 of the line of y on x, over all prompts; NaN where x or y is constant."""
+    dx, dy = x - x.mean(), y - y.mean()
+    covariance, square = (dx * dy).sum(), dx.square().sum()
+    slope = covariance / square
+    return float(slope), float(y.mean() - slope * x.mean()), float(covariance**2 / (square * dy.square().sum()))
+
+
+def demo(model: HookedTransformer) -> AttentionRegression | Needs:
+    """Sixteen prompts of 4 points, if the model reads vectors and answers with one number."""
+    embed = model.cfg.embed
+    if not isinstance(embed, VectorEmbed) or embed.d_in < 2 or model.cfg.d_vocab_out != 1 or model.cfg.n_ctx < 5:
+        return Needs("vectors (x, y) as input and one output")
+    return regress_attention(model, draw_prompts(in_context_regression(d=embed.d_in - 1, n_points=4), 16))

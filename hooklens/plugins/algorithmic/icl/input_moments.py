@@ -1,0 +1,84 @@
+"""Moments of the inputs of a regression, from which the errors of one step of gradient descent follow exactly."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.core.arguments import seeded, whole
+from hooklens.core.errors import InputError
+from hooklens.data.regression import InContextRegression
+
+Matrix = Float[Tensor, "d d"]
+
+
+@dataclass(frozen=True, eq=False)
+class InputMoments:
+    """Sigma = E x x^T and K = E |x|^2 x x^T of inputs with mean 0.
+
+    They are all that a single step depends on: S = X^T X / k of k points has E S = Sigma and
+    E S^2 = (K + (k - 1) Sigma^2) / k, because pairs of different points are independent.
+    """
+
+    covariance: Matrix
+    fourth: Matrix
+
+    @property
+    def d(self) -> int:
+        """The number of coordinates."""
+        return len(self.covariance)
+
+    def mean_square(self, k: int) -> Matrix:
+        """E S^2 for k points.
+
+        >>> moments = uniform_moments(10)
+        >>> float(moments.covariance.trace() / moments.mean_square(10).trace())     # the best step
+        6.0606...
+        """
+        return (self.fourth + (whole("k", k, 1) - 1) * self.covariance @ self.covariance) / k
+
+
+def independent_moments(d: int, variance: float, fourth: float) -> InputMoments:
+    """Moments of independent coordinates with this variance and fourth moment.
+
+    E |x|^2 x_i^2 = mu_4 + (d - 1) s^4, and E |x|^2 x_i x_j = 0 for i not j.
+    """
+    eye = torch.eye(whole("d", d, 1), dtype=torch.float64)
+    return InputMoments(variance * eye, (fourth + (d - 1) * variance**2) * eye)
+
+
+def uniform_moments(d: int) -> InputMoments:
+    """Coordinates uniform on (-1/2, 1/2): variance 1/12, fourth moment 1/80."""
+    return independent_moments(d, 1 / 12, 1 / 80)
+
+
+def normal_moments(covariance: Matrix) -> InputMoments:
+    """Normal inputs: E |x|^2 x x^T = 2 Sigma^2 + tr(Sigma) Sigma (Isserlis).
+
+    >>> normal_moments(torch.eye(3, dtype=torch.float64)).fourth[0, 0]
+    tensor(5., dtype=torch.float64)
+    """
+    square = covariance.ndim == 2 and covariance.shape[0] == covariance.shape[1]
+    if not square or not torch.allclose(covariance, covariance.mT):
+        raise InputError(f"a covariance is a symmetric matrix [d d], got one of shape {list(covariance.shape)}")
+    wide = covariance.double()
+    return InputMoments(wide, 2 * wide @ wide + wide.trace() * wide)
+
+
+def moments_of(data: InContextRegression) -> InputMoments:
+    """The moments of a task's inputs."""
+    if data.inputs == "uniform":
+        return uniform_moments(data.d)
+    return normal_moments(torch.eye(data.d, dtype=torch.float64))
+
+
+def draw_spectra(data: InContextRegression, k: int, *, draws: int = 2000, seed: int = 0) -> Float[Tensor, "draw d"]:
+    """Eigenvalues of S = X^T X / k for random prompts of k points, ascending, in float64."""
+    generator = seeded(seed)
+    shape = (whole("draws", draws, 2), whole("k", k, 1), data.d)
+    if data.inputs == "uniform":
+        x = torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5
+    else:
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return torch.linalg.eigvalsh(x.mT @ x / k).clamp_min(0)

@@ -1,0 +1,154 @@
+"""Prompts of in-context regression as tensors: points, answers, a query, and its target."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.core.arguments import seeded, whole
+from hooklens.core.errors import InputError
+from hooklens.data.batches import Batch
+from hooklens.data.regression import InContextRegression
+from hooklens.model.config import VectorEmbed
+from hooklens.model.transformer import HookedTransformer, need_hooked
+
+Points = Float[Tensor, "task point d"]
+Answers = Float[Tensor, "task point"]
+Queries = Float[Tensor, "task d"]
+PerTask = Float[Tensor, "task"]
+
+
+@dataclass(frozen=True, eq=False)
+class RegressionPrompts:
+    """Tasks with `n_points` examples each, the point at which the answer is asked for, and the answer.
+
+    >>> import hooklens as hl
+    >>> prompts = prompts_of(hl.data.in_context_regression(d=2, n_points=3).batch(0, 4))
+    >>> prompts.points.shape, prompts.query.shape, prompts.tokens().shape
+    (torch.Size([4, 3, 2]), torch.Size([4, 2]), torch.Size([4, 4, 3]))
+    """
+
+    points: Points
+    answers: Answers
+    query: Queries
+    target: PerTask
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        tasks, n, d = self.points.shape
+        shapes = [tuple(part.shape) for part in (self.answers, self.query, self.target)]
+        if shapes != [(tasks, n), (tasks, d), (tasks,)]:
+            raise InputError(
+                f"points of shape {[tasks, n, d]} need answers {[tasks, n]}, queries {[tasks, d]} and targets {[tasks]}"
+                f"; got {', '.join(str(list(shape)) for shape in shapes)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    @property
+    def n_points(self) -> int:
+        """The number of examples in each prompt."""
+        return self.points.shape[1]
+
+    @property
+    def d(self) -> int:
+        """The number of coordinates of a point."""
+        return self.points.shape[2]
+
+    def tokens(self) -> Float[Tensor, "task pos d_in"]:
+        """What a model reads: (x, y) a token and (query, 0) last, or x and y in tokens of their own.
+
+        The tokens equal those of the batch that the prompts were read from. Gradients flow to the query.
+        """
+        xs = torch.cat([self.points, self.query[:, None]], 1)
+        ys = torch.cat([self.answers, torch.zeros_like(self.target)[:, None]], 1)[..., None]
+        if not self.interleaved:
+            return torch.cat([xs, ys], -1)
+        both = torch.stack([torch.cat([xs, 0 * ys], -1), torch.cat([0 * xs, ys], -1)], 2)
+        return both.flatten(1, 2)[:, :-1]
+
+    def to(self, other: Tensor) -> "RegressionPrompts":
+        """The prompts on the device and in the dtype of a tensor."""
+        parts = {name: getattr(self, name).to(other) for name in ("points", "answers", "query", "target")}
+        return replace(self, **parts)
+
+
+def prompts_of(batch: Batch) -> RegressionPrompts:
+    """Read the prompts of a batch of `hl.data.in_context_regression`, interleaved or not.
+
+    Of an interleaved batch the last point is the query.
+    """
+    inputs, targets = batch.inputs, batch.targets[..., 0]
+    if inputs.ndim != 3 or inputs.shape[-1] < 2:
+        raise InputError(f"a batch of in-context regression holds vectors [task pos d + 1], got {list(inputs.shape)}")
+    interleaved = bool(batch.counts[0, 0]) and inputs.shape[1] > 1
+    x, y = inputs[..., :-1], inputs[..., -1]
+    if interleaved:
+        x, y = x[:, ::2], y[:, 1::2]
+    return RegressionPrompts(x[:, :-1], y[:, : x.shape[1] - 1], x[:, -1], targets[:, -1], interleaved)
+
+
+def trained_lengths(data: InContextRegression) -> tuple[int, int]:
+    """The least and the largest number of examples of a task, whose `n_points` is a number or such a pair."""
+    return (data.n_points, data.n_points) if isinstance(data.n_points, int) else data.n_points
+
+
+def asked_length(data: InContextRegression, n_points: int | None) -> int:
+    """The number of examples asked for, or the task's own if it has just one."""
+    least, most = trained_lengths(data)
+    if n_points is None and least != most:
+        raise InputError(f"the task has {least} to {most} examples; say how many with n_points=")
+    return most if n_points is None else whole("n_points", n_points, 1)
+
+
+def draw_prompts(
+    data: InContextRegression, tasks: int, *, n_points: int | None = None, seed: int = 0
+) -> RegressionPrompts:
+    """New prompts of a task, of `n_points` examples, which no training step has drawn.
+
+    >>> import hooklens as hl
+    >>> draw_prompts(hl.data.in_context_regression(d=2, n_points=3), 5).answers.shape
+    torch.Size([5, 3])
+    """
+    fixed = replace(data, n_points=asked_length(data, n_points))
+    x, y, _ = fixed.draw(whole("tasks", tasks, 1), seeded(seed))
+    return RegressionPrompts(x[:, :-1], y[:, :-1], x[:, -1], y[:, -1], data.interleaved)
+
+
+def predict(model: HookedTransformer, prompts: RegressionPrompts) -> PerTask:
+    """The model's answers at the queries, its output at the last position.
+
+    >>> from hooklens.testing import tiny_model
+    >>> import hooklens as hl
+    >>> model = tiny_model(embed=VectorEmbed(d_in=3), d_vocab_out=1)
+    >>> predict(model, draw_prompts(hl.data.in_context_regression(d=2, n_points=3), 5)).shape
+    torch.Size([5])
+    """
+    need_regression(model, prompts)
+    return model(prompts.to(model.W_U).tokens())[:, -1, 0]
+
+
+def widened_prompts(model: HookedTransformer, prompts: RegressionPrompts) -> RegressionPrompts:
+    """The prompts on the model's device, in its dtype or float32 if that is wider: least squares needs digits."""
+    wide = torch.promote_types(model.dtype, torch.float32)
+    return prompts.to(torch.zeros((), dtype=wide, device=model.device))
+
+
+def need_regression(model: HookedTransformer, prompts: RegressionPrompts) -> None:
+    """Raise unless the model reads these prompts and answers with one number."""
+    need_hooked(model, "in-context regression")
+    cfg, wanted = model.cfg, prompts.d + 1
+    if not isinstance(cfg.embed, VectorEmbed) or cfg.embed.d_in != wanted or cfg.d_vocab_out != 1:
+        reads = f"vectors of {cfg.embed.d_in}" if isinstance(cfg.embed, VectorEmbed) else "tokens"
+        raise InputError(
+            f"prompts of {prompts.d} coordinates need a model with embed=VectorEmbed(d_in={wanted}) and d_vocab_out=1; "
+            f"this one reads {reads} and gives {cfg.d_vocab_out} outputs"
+        )
+    length = 2 * prompts.n_points + 1 if prompts.interleaved else prompts.n_points + 1
+    if length > cfg.n_ctx:
+        raise InputError(
+            f"{prompts.n_points} examples and a query are {length} tokens, and the model's n_ctx is {cfg.n_ctx}; give "
+            "fewer examples"
+        )
