@@ -232,6 +232,66 @@ class MinusLoss(AtPosition):
         return log_probs.masked_fill(~counted, 0.0).sum(1) / n
 
 
+@dataclass(frozen=True, eq=False)
+class Prediction(AtPosition):
+    """One number of the output, as it is: the prediction of a model with one output number."""
+
+    output: Int[Tensor, "pair"]
+
+    def read_tokens(self) -> Int[Tensor, "pair token"]:
+        return self.output[:, None]
+
+    def on_read(self, logits: Read) -> Values:
+        return widened(logits[:, 0, 0])
+
+
+@dataclass(frozen=True, eq=False)
+class MinusSquaredError(AtPosition):
+    """Minus the squared error of the output to a target, mean over the numbers of the output."""
+
+    target: Float[Tensor, "pair d_out"]
+
+    def on_read(self, logits: Read) -> Values:
+        read = widened(logits[:, 0])
+        return -(read - self.target.to(read)).square().mean(-1)
+
+
+def prediction(model: HookedTransformer, *, pos: Positions = -1, output: int = 0) -> Prediction:
+    """What number does the model predict? For models whose output is a number, such as one of regression.
+
+    It reads one number at one position, so that a sweep computes only this.
+
+    >>> from hooklens.testing import tiny_model
+    >>> metric = prediction(tiny_model(embed={"part": "vectors", "d_in": 3}, d_vocab_out=1))
+    >>> metric(torch.tensor([[[0.5], [2.0]]]))             # two positions, one output number
+    tensor([2.])
+    """
+    return Prediction(*_one_a_pair(pos=_positions(pos), output=answer_ids(model, output, "output")))
+
+
+def squared_error(model: HookedTransformer, *, target: Any, pos: Positions = -1) -> MinusSquaredError:
+    """Minus the squared error of the prediction to `target` (minus, so that higher is better).
+
+    `target` is one number for all pairs, one per pair, or `[pair d_out]` for a model with several output numbers.
+
+    >>> from hooklens.testing import tiny_model
+    >>> model = tiny_model(embed={"part": "vectors", "d_in": 3}, d_vocab_out=1)
+    >>> squared_error(model, target=[0.5, 3.0])(torch.tensor([[[0.5]], [[2.0]]]))
+    tensor([-0., -1.])
+    """
+    need_hooked(model, "squared_error(model, target=...), which makes a metric of the output,")
+    n, what = model.cfg.d_vocab_out, "target is one number, one per pair, or numbers [pair d_out]"
+    try:
+        given = torch.as_tensor(target, device="cpu").detach()
+        given = given if given.is_floating_point() else given.to(torch.get_default_dtype())
+        numbers = given.reshape(-1, 1) if given.ndim < 2 else given
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise WrongType(f"{what}; got {target!r:.60}") from error
+    if numbers.ndim != 2 or numbers.shape[1] != n or not bool(numbers.isfinite().all()) or not len(numbers):
+        raise InputError(f"{what}, finite, with d_out {n} for this model; got {list(given.shape)}: {target!r:.60}")
+    return MinusSquaredError(_positions(pos), numbers)
+
+
 def logit_diff(model: HookedTransformer, *, answer: Answers, wrong_answer: Answers, pos: Positions = -1) -> LogitDiff:
     """How much does the model prefer `answer` to `wrong_answer`, as a difference of logits? One answer or one per pair.
 

@@ -25,7 +25,7 @@ from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.many_edits import Edits, Hooks, Index, run_edits
 from hooklens.sweeps.nodes import read_heads
 from hooklens.sweeps.planning import points_of
-from hooklens.sweeps.replacement import Mean, Value, activations_of, are_tokens, as_replacement, targets_of
+from hooklens.sweeps.replacement import Mean, Value, activations_of, are_prompts, as_replacement, targets_of
 from hooklens.sweeps.resume import Resume, resuming
 
 ROADS = ("total", "direct", "through MLPs", "through heads", "interaction")
@@ -163,7 +163,7 @@ def written_z(
     (target,) = targets_of(model, [pairs], points, paired=False)
     (written,) = as_replacement(value).once([target])
     own = {name: cache[name] for name in points}
-    return activations_of(target.read(written) if are_tokens(written) else written, own)
+    return activations_of(target.read(written) if are_prompts(written, tokens) else written, own)
 
 
 def _there(model: HookedTransformer, names: Sequence[str]) -> list[str]:
