@@ -18,6 +18,7 @@ from hooklens.core.arguments import check_call
 from hooklens.core.errors import ArgumentError, InputError, WrongType
 from hooklens.core.padding import PaddedTensor, columns, first_real
 from hooklens.core.precision import widened
+from hooklens.model.config import VectorEmbed
 from hooklens.model.ids import as_ids, as_mask, show
 from hooklens.model.transformer import HookedTransformer, need_hooked
 from hooklens.results.result_file import Kept
@@ -36,6 +37,16 @@ def need_metric(metric: Any) -> Any:
         )
     check_call("metric", metric, "logits")
     return metric
+
+
+def need_distribution(model: HookedTransformer, asker: str) -> None:
+    """Raise for a model with one output number: its softmax is 1 whatever the model computes."""
+    need_hooked(model, asker)
+    if model.cfg.d_vocab_out < 2:
+        raise InputError(
+            f"{asker} needs probabilities of several tokens, and this model's output is one number; use "
+            "hl.prediction(model), or hl.squared_error(model, target=...)"
+        )
 
 
 def need_pairs(made_for: int, n: int) -> None:
@@ -89,6 +100,8 @@ class AtPosition(Kept, ABC):
                 f"the fields of {type(self).__name__} have one row for each pair, or one for all; got "
                 + ", ".join(f"{n} for {name}" for name, n in rows.items())
             )
+        # one row per pair if any field has: a part of the pairs is then a part of the rows
+        object.__setattr__(self, "pos", self.pos.expand(max(rows.values())))
 
     def __call__(self, logits: Float[Tensor, "pair pos d_vocab"]) -> Values:
         """One value a pair, from full logits."""
@@ -310,11 +323,13 @@ def logit_diff(model: HookedTransformer, *, answer: Answers, wrong_answer: Answe
 
 def prob(model: HookedTransformer, *, answer: Answers, pos: Positions = -1) -> Prob:
     """What probability does the model give to `answer`? Between 0 and 1."""
+    need_distribution(model, "prob")
     return Prob(*_one_a_pair(pos=_positions(pos), answer=answer_ids(model, answer)))
 
 
 def log_prob(model: HookedTransformer, *, answer: Answers, pos: Positions = -1) -> LogProb:
     """What log-probability does the model give to `answer`? In nats."""
+    need_distribution(model, "log_prob")
     return LogProb(*_one_a_pair(pos=_positions(pos), answer=answer_ids(model, answer)))
 
 
@@ -327,6 +342,7 @@ def kl(model: HookedTransformer, reference: Any, *, pos: int = -1, attention_mas
     True
     """
     need_hooked(model, "kl(model, reference), which makes a metric of logits,")
+    need_distribution(model, "kl")
     with torch.no_grad():
         logits = model(reference, logits_at=pos, attention_mask=attention_mask)[:, 0]
         log_probs = widened(logits).log_softmax(-1)
@@ -353,6 +369,10 @@ def loss(model: HookedTransformer, tokens: Any, *, attention_mask: Any = None) -
     Each prompt's mean is over its own tokens. Texts may differ in length; padded ids need their mask.
     """
     need_hooked(model, "loss(model, tokens), which makes a metric of logits,")
+    if isinstance(model.cfg.embed, VectorEmbed):
+        raise InputError(
+            "loss is over the next token, and this model reads vectors; use hl.squared_error(model, target=...)"
+        )
     texts = [tokens] if isinstance(tokens, str) else tokens
     if isinstance(texts, list | tuple) and texts and isinstance(texts[0], str):
         ids, attention_mask = model.to_tokens(list(texts), return_mask=True)

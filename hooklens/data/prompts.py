@@ -128,13 +128,17 @@ def need_tokens(model: HookedTransformer, asker: str, instead: str) -> None:
     """
     if reads_vectors(model):
         d_in = model.cfg.embed.d_in
-        raise InputError(f"{asker} needs a model that reads tokens, and this one reads vectors of {d_in} numbers; {instead}")
+        raise InputError(
+            f"{asker} needs a model that reads tokens, and this one reads vectors of {d_in} numbers; {instead}"
+        )
 
 
 def _vectors_of(model: HookedTransformer, prompts: Any, name: str) -> list[Row]:
     """The vectors of each prompt, in the model's dtype and on its device."""
     d_in = model.cfg.embed.d_in
-    what = f"{name} holds vectors [prompt pos {d_in}], since this model reads vectors of {d_in} numbers instead of tokens"
+    what = (
+        f"{name} holds vectors [prompt pos {d_in}], since this model reads vectors of {d_in} numbers instead of tokens"
+    )
     try:
         one_length = not isinstance(prompts, list | tuple) or not any(isinstance(row, Tensor) for row in prompts)
         given = [_floats(part, model) for part in ([prompts] if one_length else prompts)]
@@ -156,13 +160,13 @@ def _floats(prompts: Any, model: HookedTransformer) -> Tensor:
     return torch.as_tensor(prompts, dtype=model.dtype) if is_list and given.is_floating_point() else given
 
 
-def same_inputs(
-    a: Shaped[Tensor, "pair pos *d_in"], b: Shaped[Tensor, "pair pos *d_in"]
-) -> Bool[Tensor, "pair pos"]:
+def same_inputs(a: Shaped[Tensor, "pair pos *d_in"], b: Shaped[Tensor, "pair pos *d_in"]) -> Bool[Tensor, "pair pos"]:
     """Where two batches of prompts of one length have the same token, or the same vector.
 
-    >>> same_inputs(torch.tensor([[1, 2]]), torch.tensor([[1, 3]])), same_inputs(torch.ones(1, 2, 3), torch.ones(1, 2, 3))
-    (tensor([[ True, False]]), tensor([[True, True]]))
+    >>> same_inputs(torch.tensor([[1, 2]]), torch.tensor([[1, 3]])).tolist()
+    [[True, False]]
+    >>> same_inputs(torch.ones(1, 2, 3), torch.ones(1, 2, 3)).tolist()
+    [[True, True]]
     """
     return a == b if a.ndim == 2 else (a == b).all(-1)
 

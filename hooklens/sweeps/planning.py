@@ -13,9 +13,9 @@ from torch import Tensor
 from hooklens.core.component import Component
 from hooklens.core.errors import ArgumentError, InputError, WrongType, did_you_mean
 from hooklens.core.names import Site, axes, site
+from hooklens.data.prompts import same_inputs
 from hooklens.model.kv_cache import KVCache
 from hooklens.model.transformer import HookedTransformer, need_hooked
-from hooklens.data.prompts import same_inputs
 from hooklens.sweeps.replacement import Written, activations_of, are_prompts
 from hooklens.sweeps.sites import SITES, SweptSite
 
@@ -290,7 +290,9 @@ def plan(
         tokens=tokens,
         base=base,
         values={layer: values[name] for layer, name in points.items()},
-        first_change=first_difference(tokens, value) if donor is not None else torch.zeros(len(tokens), dtype=torch.long, device=tokens.device),
+        first_change=first_difference(tokens, value)
+        if donor is not None
+        else torch.zeros(len(tokens), dtype=torch.long, device=tokens.device),
         donor=donor,
         source=value,
     )
@@ -307,7 +309,9 @@ def base_run(model: HookedTransformer, tokens: Tensor, swept: SweptSite, layers:
     return BaseRun([*(cache[name] for name in points), last], past, acts, reads=cache)
 
 
-def first_difference(tokens: Shaped[Tensor, "pair pos *d_in"], other: Shaped[Tensor, "pair pos *d_in"]) -> Int[Tensor, "pair"]:
+def first_difference(
+    tokens: Shaped[Tensor, "pair pos *d_in"], other: Shaped[Tensor, "pair pos *d_in"]
+) -> Int[Tensor, "pair"]:
     """The first position at which two prompts of a pair differ; their length where they do not.
 
     >>> first_difference(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[1, 9, 3], [4, 5, 6]])).tolist()

@@ -375,7 +375,9 @@ def fitted(value: Any, act: Tensor, name: str) -> Tensor:
         ) from error
 
 
-def matched(tokens: Tokens, other: Shaped[Tensor, "prompt _other_pos *d_in"], mine: Acts, theirs: Acts) -> dict[str, Tensor]:
+def matched(
+    tokens: Tokens, other: Shaped[Tensor, "prompt _other_pos *d_in"], mine: Acts, theirs: Acts
+) -> dict[str, Tensor]:
     """The other run's activations at the positions that both prompts share, the run's own between."""
     out = {}
     for name in theirs:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hooklens.core.errors import ArgumentError, InputError, OutOfRange, WrongType
 from hooklens.data.prompt_pairs import PromptPairs
-from hooklens.data.prompts import Prompts, rows_of
+from hooklens.data.prompts import Prompts, Row, row_key, rows_of
 from hooklens.model.ids import show_text
 from hooklens.model.transformer import HookedTransformer
 from hooklens.results.result import Result, Table
@@ -32,7 +32,7 @@ class ProbeTask(Result):
     """
 
     name: str
-    tokens: list[Int[Tensor, "_"]]
+    tokens: list[Row]
     prompt: Int[Tensor, "example"]
     pos: Int[Tensor, "example"]
     label: Int[Tensor, "example"]
@@ -52,9 +52,9 @@ class ProbeTask(Result):
         """The prompt number of each example; prompts with the same tokens have the same number."""
         return components([[row] for row in self.token_rows()])
 
-    def token_rows(self) -> list[tuple[int, ...]]:
-        """The token ids of each example's prompt."""
-        rows = [tuple(row.tolist()) for row in self.tokens]
+    def token_rows(self) -> list[tuple[float, ...]]:
+        """The token ids of each example's prompt, or the numbers of its vectors."""
+        rows = [row_key(row) for row in self.tokens]
         return [rows[i] for i in self.prompt.tolist()]
 
     def take(self, index: Any) -> "ProbeTask":
@@ -211,7 +211,7 @@ def _classes(labels: list) -> tuple[list[int], list[str]]:
     if len(kinds) > _MOST_CLASSES:
         raise InputError(
             f"labels are classes, at most {_MOST_CLASSES} of them; got {len(kinds)} different values in {len(labels)} "
-            "labels; bin the values first"
+            "labels; bin the values first, or regress them with train_value_probe"
         )
     rank = {kind: i for i, kind in enumerate(kinds)}
     return [rank[label] for label in labels], [str(kind) for kind in kinds]
