@@ -121,8 +121,8 @@ def read_task(
         classes = ["corrupted", "clean"]
     else:
         rows = rows_of(model, prompts, "prompts")
-        label, classes = _classes(_one_per_prompt("labels", labels, len(rows)))
-        group = None if group is None else _one_per_prompt("group", group, len(rows))
+        label, classes = _classes(one_per_prompt("labels", labels, len(rows)))
+        group = None if group is None else one_per_prompt("group", group, len(rows))
     return ProbeTask(
         name=name,
         tokens=[row.cpu() for row in rows],
@@ -149,7 +149,7 @@ def positions_of(rows: Sequence[Tensor], pos: int | PerPrompt) -> list[int]:
     >>> positions_of([torch.zeros(3), torch.zeros(2)], -1)
     [2, 1]
     """
-    places = [pos] * len(rows) if isinstance(pos, int) else _one_per_prompt("pos", pos, len(rows))
+    places = [pos] * len(rows) if isinstance(pos, int) else one_per_prompt("pos", pos, len(rows))
     for i, (place, row) in enumerate(zip(places, rows, strict=True)):
         if type(place) is not int:  # True is no position
             raise WrongType(f"pos is a whole number, or one per prompt; got {place!r:.60}")
@@ -185,12 +185,12 @@ def _both_sides(
     if labels is not None or pairs.corrupted is None:
         raise ArgumentError("PromptPairs need {corrupted} prompts and no {labels}: the classes are clean and corrupted")
     n, of_pair = len(pairs), pairs.group if group is None else group
-    of_pair = _one_per_prompt("group", list(range(n)) if of_pair is None else of_pair, n)
+    of_pair = one_per_prompt("group", list(range(n)) if of_pair is None else of_pair, n)
     rows = [*rows_of(model, pairs.clean, "clean"), *rows_of(model, pairs.corrupted, "corrupted")]
     return rows, [1] * n + [0] * n, of_pair * 2
 
 
-def _one_per_prompt(name: str, values: Any, n: int) -> list:
+def one_per_prompt(name: str, values: Any, n: int) -> list:
     """The values as a list of plain numbers or texts, one per prompt."""
     listed = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(listed, Sequence) or isinstance(listed, str):

@@ -22,7 +22,7 @@ from hooklens.plugins.probing.ridge_folds import (
     means_out_of_fold,
     out_of_fold,
 )
-from hooklens.plugins.probing.task import PerPrompt, components
+from hooklens.plugins.probing.task import PerPrompt, components, one_per_prompt
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import null_p
 
@@ -169,9 +169,7 @@ def train_value_probe(
     whole("draws", draws)
     rows = rows_of(model, prompts, "prompts")
     y, acts = _values(values, len(rows)), gather(model, rows, site=site, pos=pos)
-    labels = range(len(rows)) if group is None else list(group.tolist() if hasattr(group, "tolist") else group)
-    if len(labels) != len(rows):
-        raise InputError(f"group has one label per prompt, got {len(labels)} for {len(rows)} prompts")
+    labels = list(range(len(rows))) if group is None else one_per_prompt("group", group, len(rows))
     linked = components([[row_key(row), ("group", label)] for row, label in zip(rows, labels, strict=True)])
     n_groups = len(linked.unique())
     if n_groups < _FEWEST:
