@@ -295,14 +295,16 @@ def squared_error(model: HookedTransformer, *, target: Any, pos: Positions = -1)
     need_hooked(model, "squared_error(model, target=...), which makes a metric of the output,")
     n, what = model.cfg.d_vocab_out, "target is one number, one per pair, or numbers [pair d_out]"
     try:
-        given = torch.as_tensor(target, device="cpu").detach()
-        given = given if given.is_floating_point() else given.to(torch.get_default_dtype())
-        numbers = given.reshape(-1, 1) if given.ndim < 2 else given
+        given = torch.as_tensor(target, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise WrongType(f"{what}; got {target!r:.60}") from error
+    numbers, at = given.reshape(-1, 1) if given.ndim < 2 else given, _positions(pos).reshape(-1)
     if numbers.ndim != 2 or numbers.shape[1] != n or not bool(numbers.isfinite().all()) or not len(numbers):
         raise InputError(f"{what}, finite, with d_out {n} for this model; got {list(given.shape)}: {target!r:.60}")
-    return MinusSquaredError(_positions(pos), numbers)
+    n_pairs = max(len(at), len(numbers))
+    if {len(at), len(numbers)} - {1, n_pairs}:
+        raise InputError(f"target and pos are one for all pairs or one per pair, got {len(numbers)} and {len(at)}")
+    return MinusSquaredError(at.expand(n_pairs), numbers.expand(n_pairs, n))
 
 
 def logit_diff(model: HookedTransformer, *, answer: Answers, wrong_answer: Answers, pos: Positions = -1) -> LogitDiff:

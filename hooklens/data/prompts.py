@@ -13,7 +13,8 @@ from hooklens.model.config import VectorEmbed
 from hooklens.model.ids import as_ids, show
 from hooklens.model.transformer import HookedTransformer
 
-Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor] | Tensor
+Vectors = Sequence[Sequence[Sequence[float]]]
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor] | Tensor | Vectors
 #: One prompt: token ids [pos], or vectors [pos d_in] for a model that reads vectors.
 Row = Int[Tensor, "_"] | Float[Tensor, "_ d_in"]
 

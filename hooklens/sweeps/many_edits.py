@@ -109,7 +109,7 @@ class EditPatches(Sweep):
 
 def run_edits(
     model: HookedTransformer,
-    asked: Sequence[tuple[Edits, Int[Tensor, "_prompt _pos"], Any]],
+    asked: Sequence[tuple[Edits, Shaped[Tensor, "_prompt _pos ..."], Any]],
     *,
     title: str,
     resume: Resume | None = None,

@@ -278,7 +278,9 @@ def plan(
     points = {layer: swept.at(layer) for layer in sorted({patch.layer for patch in patches})}
     base = base_run(model, tokens, swept, list(points))
     donor, written = None, value
+    first_change = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
     if are_prompts(value, tokens):
+        first_change = first_difference(tokens, value)
         donor, written = model.run_with_cache(value, names=list(points.values()), stop_at_layer=model.cfg.n_layers)
     values = activations_of(written, {name: base.acts[layer] for layer, name in points.items()})
     return Plan(
@@ -290,9 +292,7 @@ def plan(
         tokens=tokens,
         base=base,
         values={layer: values[name] for layer, name in points.items()},
-        first_change=first_difference(tokens, value)
-        if donor is not None
-        else torch.zeros(len(tokens), dtype=torch.long, device=tokens.device),
+        first_change=first_change,
         donor=donor,
         source=value,
     )

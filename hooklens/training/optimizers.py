@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -30,7 +29,7 @@ class Optimizer(Part):
 
     def __post_init__(self) -> None:
         rate = vars(self).get("lr", 0.0)  # a wrapper has that of its inner rule
-        if isinstance(rate, Real) and _LARGEST_RATE < rate < math.inf:
+        if isinstance(rate, int | float) and _LARGEST_RATE < rate < math.inf:
             raise InputError(
                 f"{type(self).__name__}: lr is {rate!r:.80}; a finite number from 0 to {_LARGEST_RATE:g} is needed, "
                 "and rates from 1e-5 to 1 are usual: they multiply the change of every parameter"

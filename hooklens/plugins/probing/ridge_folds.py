@@ -103,9 +103,9 @@ def means_out_of_fold(
 
 
 def explained(
-    y: Float[Tensor, "example target"],
+    y: Float[Tensor, "*draw example target"],
     predicted: Float[Tensor, "*cell example target"],
-    mean: Float[Tensor, "example target"],
+    mean: Float[Tensor, "*draw example target"],
 ) -> Float[Tensor, "*cell target"]:
     """R^2 out of fold: 1 minus the squared error over that of the mean of the other folds; below 0 if it is worse.
 
