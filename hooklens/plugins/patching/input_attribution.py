@@ -59,8 +59,8 @@ class EmbeddingPath:
             baseline = _of_one_length(rows_of(model, baseline, "baseline"))
             if baseline.shape != tokens.shape:
                 raise InputError(
-                    f"a baseline holds one prompt of the same length for each, got {list(baseline.shape)} for "
-                    f"{list(tokens.shape)}; or 'zero' or 'mean'"
+                    f"a baseline holds one prompt of the same length for each, got {list(baseline.shape)} "
+                    f"{'vectors' if reads_vectors(model) else 'tokens'} for {list(tokens.shape)}; or 'zero' or 'mean'"
                 )
         return cls(tokens, baseline, metric, [show(model, row) for row in tokens])
 
