@@ -299,6 +299,40 @@ def test_prompts_of_several_lengths_are_matched_at_their_ends():
         hl.patch(model, [long], [short], hl.prediction(model))
 
 
+def test_replacements_read_reference_vectors():
+    model = vector_model("softmax without MLP and norm")
+    clean, other = vectors(0, 2, dtype=torch.float64), vectors(7, 2, dtype=torch.float64)
+    metric, by = hl.prediction(model), "layer x head"
+    mean = hl.ablate(model, clean, metric, value=hl.Mean(reference=other))
+    seen = {name: act.mean(0, keepdim=True) for name, act in model.run_with_cache(other, "z")[1].items()}
+    for layer in range(2):
+        for head in range(2):
+
+            def write(z: Tensor, hook, head=head) -> Tensor:
+                z[:, :, head] = seen[hook.name][:, :, head]
+                return z
+
+            expected = last(model.run_with_hooks(clean, fwd_hooks=[(("z", layer), write)]))
+            assert close(mean.per_prompt[:, layer, head], expected.detach(), 400)
+    run = hl.ablate(model, clean, metric, value=hl.patching.OtherRun(other))
+    assert close(run.per_prompt, looped(model, clean, other, last, "z", by), 400)
+    given = hl.patch(model, clean, other, metric, site="z", value=torch.full((), 0.5))
+    assert close(given.per_pair, looped(model, clean, lambda act: act * 0 + 0.5, last, "z", by), 400)
+
+
+def test_steering_adds_to_the_stream_of_vectors():
+    model, x = vector_model("three layers"), vectors(0, dtype=torch.float64)
+    direction = torch.linspace(-1, 1, 8, dtype=torch.float64)
+    with hl.steer(model, direction, site=("resid_post", 1)):
+        steered = model(x)
+    by_hand = model.run_with_hooks(x, fwd_hooks=[(("resid_post", 1), lambda act, hook: act + direction)])
+    assert torch.allclose(steered, by_hand) and not torch.allclose(steered, model(x))
+    positive = x + torch.tensor([3.0, 0.0, 0.0])
+    contrast = hl.steering.find_direction(model, positive, x, draws=19)
+    gap = [model.run_with_cache(some, "resid_post")[1]["resid_post", 0][:, -1].mean(0) for some in (positive, x)]
+    assert torch.allclose(contrast.direction[0], gap[0] - gap[1])
+
+
 def test_pairs_of_vectors_are_indexed_saved_and_named(tmp_path):
     model = vector_model()
     clean, corrupted = runs(model, 4)
