@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -14,6 +14,9 @@ from torch import Tensor
 from hooklens.core.arguments import seed_number, seeded, whole
 from hooklens.core.errors import ArgumentError, did_you_mean
 from hooklens.data.batches import Batch, TrainingData, epoch_rows
+
+if TYPE_CHECKING:
+    from hooklens.pretrained.tokenizer import Tokenizer
 
 _SIGNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"+": torch.add, "-": torch.sub, "x": torch.mul}
 
@@ -39,6 +42,13 @@ class Modular(TrainingData):
     def vocabulary(self) -> list[str]:
         """What each token stands for."""
         return [*map(str, range(self.p)), "="]
+
+    @cached_property
+    def tokenizer(self) -> "Tokenizer":
+        """Reads and writes prompts with spaces between the tokens, such as `3 4 =`."""
+        from hooklens.data.vocabularies import spaced_tokenizer
+
+        return spaced_tokenizer(self.vocabulary)
 
     @cached_property
     def pairs(self) -> tuple[Int[Tensor, "train_pair 2"], Int[Tensor, "held_out_pair 2"]]:

@@ -5,8 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hooklens.core.errors import InputError
 from hooklens.data.decimals import decimal_arithmetic
+from hooklens.data.markov_chains import markov_source
 from hooklens.data.modular import modular_arithmetic
+from hooklens.testing import tiny_model
+from hooklens.training.loop import train
 
 
 def by_counting(a, operation, b, p):
@@ -39,6 +43,21 @@ def test_the_split_is_stable_and_the_fraction_may_be_one():
     assert not list(whole.held_out(8)) and len(whole.batch(0, 1000)) == 25
     # a larger fraction only adds pairs, so that runs on two fractions can be compared
     assert torch.equal(modular_arithmetic(11, fraction=0.5).pairs[0][: len(first)], first)
+
+
+def test_prompts_of_numbers_are_read_and_written_as_text(tmp_path):
+    data = modular_arithmetic(p=11, fraction=0.8)
+    model = tiny_model(d_vocab=data.d_vocab)
+    run = train(model, data, steps=1, out=tmp_path / "run")
+    for reader in (model, run.checkpoints()[-1].load()):  # as trained, and from its checkpoint
+        tokens = reader.to_tokens("3 10 =")
+        assert tokens.tolist() == [[3, 10, 11]] and reader.to_string(tokens) == ["3 10 ="]
+        assert reader.to_str_tokens(tokens) == ["3", "10", "="] and reader.to_single_token("10") == 10
+        assert torch.equal(reader("3 10 ="), reader(tokens))
+    with pytest.raises(InputError, match=r"holds '\+', which is none of the 12 tokens"):
+        model.to_tokens("3 + 4 =")
+    states = markov_source(5, window=4)
+    assert states.tokenizer.encode("0 4 1") == [0, 4, 1]
 
 
 def test_an_epoch_of_batches_is_the_training_set():
