@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hooklens.core.errors import InputError
 from hooklens.data.decimals import decimal_arithmetic
 from hooklens.data.modular import modular_arithmetic
 
@@ -39,6 +40,26 @@ def test_the_split_is_stable_and_the_fraction_may_be_one():
     assert not list(whole.held_out(8)) and len(whole.batch(0, 1000)) == 25
     # a larger fraction only adds pairs, so that runs on two fractions can be compared
     assert torch.equal(modular_arithmetic(11, fraction=0.5).pairs[0][: len(first)], first)
+
+
+def test_shuffled_answers_are_those_of_the_table_at_other_places():
+    plain, shuffled = (modular_arithmetic(11, seed=3, shuffled=shuffled) for shuffled in (False, True))
+    assert sorted(shuffled.table.flatten().tolist()) == sorted(plain.table.flatten().tolist())
+    assert float((shuffled.table == plain.table).double().mean()) < 0.3  # 1/11 is expected
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(plain.pairs, shuffled.pairs, strict=True))
+    answers = torch.cat([batch.targets[:, -1] for batch in shuffled.held_out(7)])
+    assert torch.equal(answers, shuffled.table[tuple(shuffled.pairs[1].T)])
+    assert torch.equal(shuffled.table, modular_arithmetic(11, seed=3, shuffled=True).table)
+    assert not torch.equal(shuffled.table, modular_arithmetic(11, seed=4, shuffled=True).table)
+
+
+def test_shuffled_answers_are_other_data_and_plain_ones_those_of_older_runs():
+    plain, shuffled = (modular_arithmetic(7, shuffled=shuffled) for shuffled in (False, True))
+    assert set(plain.identity()) == {"task", "p", "operation", "fraction", "seed"}
+    assert shuffled.identity() == plain.identity() | {"shuffled": True}
+    assert "no rule" in shuffled.description() and "no rule" not in plain.description()
+    with pytest.raises(InputError, match="shuffled is True or False, got 1"):
+        modular_arithmetic(7, shuffled=1)
 
 
 def test_an_epoch_of_batches_is_the_training_set():
