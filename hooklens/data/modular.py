@@ -68,11 +68,15 @@ class Modular(TrainingData):
         counts[:, -1] = True
         return Batch(inputs, torch.where(counts, answers[:, None], 0), counts)
 
+    @cached_property
+    def _all(self) -> Batch:
+        return self.examples(self.pairs[0])
+
     def batch(self, step: int, size: int) -> Batch:
         """`size` training pairs; all of them in every step if there are no more than `size`."""
         train, _ = self.pairs
         if size >= len(train):
-            return self.examples(train)
+            return self._all
         return self.examples(train[epoch_rows(step, size, len(train), self.seed)])
 
     def held_out(self, size: int) -> Iterator[Batch]:

@@ -14,7 +14,7 @@ import torch
 from hooklens.core.arguments import real
 from hooklens.results.table import Table
 from hooklens.studies.layer_health import CRITERIA, TERMS, judge_layers, layer_table
-from hooklens.training.recorder import LOSS_EDGES
+from hooklens.training.recorder import LOSS_EDGES, ends_early
 from hooklens.training.row_file import Rows
 from hooklens.training.run_drawing import Thinned, loss_figure, loss_unit, rate_figure, rows_so_far
 from hooklens.training.run_folder import RunFolder
@@ -38,10 +38,7 @@ def run_state(run: Run) -> str:
     """Is a run running, finished, stopped before its end, or did it diverge?"""
     steps, evaluations = rows_so_far(run.path)
     complete = steps is not None and int(steps.steps[-1]) + 1 >= run.identity["steps"]
-    patience = run.identity["settings"].get("patience")
-    if patience is not None and evaluations is not None:
-        losses = evaluations["loss"]
-        complete |= len(losses) - 1 - int(losses.argmin()) >= patience
+    complete |= evaluations is not None and ends_early(evaluations, run.identity["settings"])
     written = RunFolder(run.path).is_being_written()
     if written or (written is None and not complete):
         return RUNNING

@@ -26,8 +26,11 @@ from hooklens.data.batches import Batch, TrainingData, drawn_for
 from hooklens.model.dropout import dropout_masks
 from hooklens.model.embed import row_gradients
 from hooklens.model.linear import GradientVector, faster_gradients, faster_gradients_pay
+from hooklens.model.shared_tokens import last_logits, shares_tokens
+from hooklens.model.transformer import methods_replaced
 from hooklens.pretrained.checkpoint import save
 from hooklens.training.divergence import Diverged, LossWatch, divergence_message
+from hooklens.training.losses import correct
 from hooklens.training.parameter_vector import ParameterVector
 from hooklens.training.preconditions import (
     check_fit,
@@ -37,7 +40,7 @@ from hooklens.training.preconditions import (
     tokenizer_of_both,
 )
 from hooklens.training.processes import Processes, join_processes
-from hooklens.training.recorder import Recorder, recorded_evaluations
+from hooklens.training.recorder import Recorder, ends_early, recorded_evaluations
 from hooklens.training.run_folder import RunFolder, plain_json
 from hooklens.training.snapshots import SnapshotTaker, snapshot_prompts
 from hooklens.training.tensorboard_log import TensorBoardLog
@@ -160,6 +163,7 @@ class _Training:
         self.flushed = time.monotonic()
         self.save_at = self.flushed + _SAVE_EVERY
         keep_freed_pages()  # every step frees and needs again the memory of its activations and gradients
+        self.as_defined = not methods_replaced(model.modules())
         self.digest = ""  # of what the run is, without its number of steps
         self.rows: dict[str, int] = {}  # in each file of the record, when the state was written
 
@@ -276,7 +280,7 @@ class _Training:
     def advance(self) -> float:
         """One step: gradient, clipping, the optimiser's change, the record. Returns the loss."""
         began = time.monotonic()
-        loss = self._gradient()
+        loss, accuracy = self._gradient()
         gradient_norms = self.vector.norms(self.grads)
         gradient = float(gradient_norms.norm())
         fault = self.watch.fault(self.step, loss, gradient)
@@ -296,13 +300,13 @@ class _Training:
         )
         if self.recorder is not None:
             norms = torch.cat([gradient_norms[None], norms]).float().cpu()
-            self.recorder.step(self.step, [loss, rate, gradient, time.monotonic() - began], norms)
+            self.recorder.step(self.step, [loss, accuracy, rate, gradient, time.monotonic() - began], norms)
         self.step += 1
         self._after_step()
         return loss
 
-    def _gradient(self) -> float:
-        """Fill the gradient of the mean loss over the whole batch, of all processes; returns that loss."""
+    def _gradient(self) -> tuple[float, float]:
+        """Fill the gradient of the mean loss over the whole batch, of all processes; returns it and the accuracy."""
         batch = self.data.batch(self.step, self.settings.batch)
         total = int(batch.counts.sum())
         n_rows, first_row = len(batch), self.group.first_row(len(batch))
@@ -311,19 +315,21 @@ class _Training:
         self.vector.clear_gradients()
         size = -(-len(rows) // self.settings.accumulate)
         seed = drawn_for(self.settings.seed, f"dropout {self.step}").initial_seed()
-        summed = torch.zeros((), dtype=torch.float64, device=self.vector.values.device)
+        summed = torch.zeros(2, dtype=torch.float64, device=self.vector.values.device)
         into = GradientVector({id(self.vector.parameters[name]): view for name, view in self.grad_views.items()})
         for start in range(0, len(rows), size):
             # Every pass draws the masks of the whole batch again, from the seed and the step only.
             self.masks.manual_seed(seed)
             masks = dropout_masks(self.masks, first_row=first_row + start, n_rows=n_rows)
             with torch.enable_grad(), masks, self._faster_gradients(into):
-                part = self._losses_of(rows.rows(start, start + size)).sum() / total
+                losses, n_correct = self._losses_of(rows.rows(start, start + size))
+                part = losses.sum() / total
                 part.backward()
-            summed += part.detach()
+            summed += torch.stack([part.detach(), n_correct / total])
         self.vector.gather_gradients(self.grads, into.written)
         self.group.sum(self.grads)
-        return float(self.group.sum(summed))
+        loss, accuracy = self.group.sum(summed).tolist()
+        return loss, accuracy
 
     @contextlib.contextmanager
     def _faster_gradients(self, into: GradientVector) -> Iterator[None]:
@@ -332,16 +338,30 @@ class _Training:
         with faster_gradients(self.products == "oneDNN", into), rows:
             yield
 
-    def _losses_of(self, batch: Batch) -> Float[Tensor, "target"]:
-        output, targets = self._output(batch), batch.targets
-        if not bool(batch.counts.all()):
+    def _losses_of(self, batch: Batch) -> tuple[Float[Tensor, "target"], Float[Tensor, ""]]:
+        """The loss of every target that counts, and the number of those that have the largest output."""
+        asked = self._only_position(batch)
+        output, targets = self._output(batch, asked), batch.targets
+        if asked is not None:
+            targets = targets[:, [asked]]
+        elif not bool(batch.counts.all()):
             output, targets = output[batch.counts], targets[batch.counts]
-        return self.settings.loss(output, targets).flatten()
+        return self.settings.loss(output, targets).flatten(), correct(output.detach(), targets).sum()
 
-    def _output(self, batch: Batch) -> Float[Tensor, "row pos d_vocab"]:
+    def _only_position(self, batch: Batch) -> int | None:
+        """The position of all targets that count, if it is one and nobody sees what the others compute."""
+        counts = batch.counts[0]
+        if int(counts.sum()) != 1 or not bool((batch.counts == counts).all()) or self.settings.precision != "model":
+            return None
+        return None if hooked_names(self.model) else int(counts.nonzero())
+
+    def _output(self, batch: Batch, asked: int | None) -> Float[Tensor, "row pos d_vocab"]:
         """The model's output. Under autocast logits are computed in float32 from the stream, as bfloat16 has 8 bits."""
         if self.settings.precision == "model":
-            return self.model(batch.inputs)
+            is_last = asked == batch.inputs.shape[1] - 1
+            if is_last and self.as_defined and shares_tokens(self.model, batch.inputs):
+                return last_logits(self.model, batch.inputs)
+            return self.model(batch.inputs, logits_at=asked)
         with torch.autocast(self.vector.values.device.type, dtype=torch.bfloat16):
             stream = self.model(batch.inputs, stop_at_layer=self.model.cfg.n_layers)
         return self.model.read_out(stream.float())
@@ -365,8 +385,9 @@ class _Training:
         if self.recorder is None:
             return
         if self.step in self.evaluations:
-            losses = list(self._held_out_losses())
-            self.recorder.evaluation(self.step, torch.cat(losses) if losses else None)
+            parts = list(self._held_out_losses())
+            losses, is_correct = map(torch.cat, zip(*parts, strict=True)) if parts else (None, None)
+            self.recorder.evaluation(self.step, losses, is_correct)
         if self.step in self.checkpoints:
             self.keep_checkpoint()
         now = time.monotonic()
@@ -393,24 +414,34 @@ class _Training:
             self._diverged(f"the weights after {self.step} steps are not finite")
         save(self.model, self.folder.checkpoint(self.step))
 
-    def _held_out_losses(self) -> Iterator[Float[Tensor, "row pos"]]:
-        """The loss of every held-out target, NaN where none counts."""
+    def _held_out_losses(self) -> Iterator[tuple[Float[Tensor, "row pos"], Float[Tensor, "row pos"]]]:
+        """Of every held-out target the loss, and 1 if it has the largest output, else 0; NaN where none counts."""
         self.model.eval()
         values = self.vector.values
         for batch in held_out_batches(self.data, self.settings.batch):
             batch = batch.to(values.device, values.dtype)
+            asked = self._only_position(batch)
             with torch.no_grad():
-                losses = self.settings.loss(self._output(batch), batch.targets)
-            if not bool(losses[batch.counts].isfinite().all()):
+                output = self._output(batch, asked)
+                targets = batch.targets if asked is None else batch.targets[:, [asked]]
+                of_targets = torch.stack([self.settings.loss(output, targets), correct(output, targets)])
+            rows = torch.full((2, *batch.counts.shape), float("nan"), dtype=torch.float32, device=values.device)
+            rows[:, :, slice(None) if asked is None else [asked]] = of_targets.float()
+            if not bool(rows[0][batch.counts].isfinite().all()):
                 self._diverged(f"the held-out loss after {self.step} steps is not finite")
-            yield losses.masked_fill(~batch.counts, float("nan")).float().cpu()
+            losses, is_correct = rows.masked_fill(~batch.counts, float("nan")).cpu()
+            yield losses, is_correct
 
     def is_over(self) -> bool:
-        """Whether the held-out loss has not fallen for `patience` evaluations; the first process knows."""
-        if self.recorder is None or self.settings.patience is None or self.step not in self.evaluations:
+        """Whether the held-out loss has not fallen for `patience` evaluations, or the task is solved.
+
+        The first process knows.
+        """
+        settings = self.settings.to_json()
+        can_end = settings["patience"] is not None or settings["solved"] is not None
+        if self.recorder is None or self.step not in self.evaluations or not can_end:
             return False
-        losses = recorded_evaluations(self.folder.path)["loss"]
-        return len(losses) - 1 - int(losses.argmin()) >= self.settings.patience
+        return ends_early(recorded_evaluations(self.folder.path), settings)
 
     def save_state(self) -> None:
         """Write what the run resumes from, behind the rows that it belongs to."""

@@ -73,3 +73,14 @@ class SquaredError(Loss):
 
     def __call__(self, output: Float[Tensor, "*target out"], targets: Float[Tensor, "*target out"]) -> PerTarget:
         return (widened(output) - targets).square().sum(-1) / 2
+
+
+def correct(output: Float[Tensor, "*target out"], targets: Tensor) -> PerTarget:
+    """1 for each target that has the largest output, else 0; NaN for targets that are vectors.
+
+    >>> correct(torch.tensor([[0.5, 2.0], [3.0, 0.0]]), torch.tensor([1, 1]))
+    tensor([1., 0.])
+    """
+    if targets.is_floating_point():
+        return output.new_full(targets.shape[:-1], float("nan"))
+    return (output.argmax(-1) == targets).to(output.dtype)

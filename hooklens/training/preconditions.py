@@ -31,8 +31,11 @@ def check_fit(model: HookedTransformer, data: TrainingData, settings: Settings, 
     _check_inputs(model, data, batch)
     _check_targets(model, batch, settings.loss)
     tokenizer_of_both(model, data)
-    if settings.patience is not None and next(held_out_batches(data, 1), None) is None:
-        raise InputError("patience= stops by the held-out loss, and these data hold nothing out; leave patience out")
+    for name in ("patience", "solved"):
+        if getattr(settings, name) is not None and next(held_out_batches(data, 1), None) is None:
+            raise InputError(f"{name}= stops a run by held-out data, and these data hold nothing out; leave it out")
+    if settings.solved is not None and batch.targets.is_floating_point():
+        raise InputError("solved= is an accuracy, and targets that are vectors have none; use patience=")
     return batch
 
 

@@ -25,9 +25,10 @@ LOSS_EDGES: NDArray = np.logspace(-4, 2, N_BINS - 1)
 class Recorder:
     """Writes the record of a run while it trains.
 
-    A step's row holds the loss, the learning rate, the norm of the whole gradient before clipping, its seconds, and for
-    each layer the norms of gradient, parameters and change. An evaluation's row holds the held-out loss, a histogram of
-    the losses of all targets, and the mean loss at each position. Snapshots are taken at evaluations.
+    A step's row holds the loss, the share of targets with the largest output, the learning rate, the norm of the whole
+    gradient before clipping, its seconds, and for each layer the norms of gradient, parameters and change. An
+    evaluation's row holds the held-out loss and accuracy, a histogram of the losses of all targets, and the mean loss
+    at each position. The accuracy is NaN where targets are vectors. Snapshots are taken at evaluations.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Recorder:
     ):
         """Go on after `keep` steps; `rows` says how many rows each file must have by then."""
         n = len(layers)
-        widths = {"loss": 1, "rate": 1, "gradient": 1, "seconds": 1}
+        widths = {"loss": 1, "accuracy": 1, "rate": 1, "gradient": 1, "seconds": 1}
         widths |= {"gradient_norms": n, "parameter_norms": n, "change_norms": n}
         self.folder, self.layers, self.keep = folder, layers, keep
         self.tensorboard: TensorBoardLog | None = None
@@ -49,7 +50,7 @@ class Recorder:
         self._taker: SnapshotTaker | None = None
         self._files: dict[str, RowFile] = {}
         self._steps = self._file(STEPS, keep, widths)
-        at_end = {"loss": 1, "histogram": N_BINS, "by_position": n_positions}
+        at_end = {"loss": 1, "accuracy": 1, "histogram": N_BINS, "by_position": n_positions}
         self._evaluations = self._at_evaluations(EVALUATIONS, at_end)
 
     def _at_evaluations(self, name: str, widths: Mapping[str, int], notes: Mapping[str, Any] | None = None) -> RowFile:
@@ -77,21 +78,23 @@ class Recorder:
         self._taker, self._snapshots = taker, self._at_evaluations(SNAPSHOTS, widths, notes)
 
     def step(self, step: int, scalars: Sequence[float], norms: Float[Tensor, "kind layer"]) -> None:
-        """Record loss, rate, gradient norm and seconds, and each layer's norms of gradient, parameters and change."""
+        """Record loss, accuracy, rate, gradient norm, seconds; each layer's norms of gradient, parameters, change."""
         self._steps.append(step, [*([value] for value in scalars), *norms.numpy()])
         if self.tensorboard is not None:
             self.tensorboard.step(step, scalars, norms)
 
-    def evaluation(self, step: int, losses: Float[Tensor, "row pos"] | None) -> None:
-        """Record the losses of all held-out targets (NaN where none counts) after `step` steps, and a snapshot."""
-        if losses is not None:
-            mean = float(losses.nanmean())
+    def evaluation(
+        self, step: int, losses: Float[Tensor, "row pos"] | None, is_correct: Float[Tensor, "row pos"] | None
+    ) -> None:
+        """Record losses and hits of all held-out targets (NaN where none counts) after `step` steps, and a snapshot."""
+        if losses is not None and is_correct is not None:
+            mean, accuracy = float(losses.nanmean()), float(is_correct.nanmean())
             per_target = losses[~losses.isnan()].double().numpy()
             histogram = np.bincount(np.digitize(per_target, LOSS_EDGES), minlength=N_BINS)
             by_position = torch.nanmean(losses, 0).float().numpy()
-            self._evaluations.append(step, [[mean], histogram, by_position])
+            self._evaluations.append(step, [[mean], [accuracy], histogram, by_position])
             if self.tensorboard is not None:
-                self.tensorboard.evaluation(step, mean)
+                self.tensorboard.evaluation(step, mean, accuracy)
         if self._taker is not None:
             self._snapshots.append(step, [value.numpy() for value in self._taker.take().values()])
         self.flush()
@@ -108,6 +111,23 @@ class Recorder:
                 closing.callback(file.close)
             if self.tensorboard is not None:
                 closing.callback(self.tensorboard.close)
+
+
+def ends_early(evaluations: Rows, settings: Mapping[str, Any]) -> bool:
+    """Whether a run with these settings ends after these evaluations: its loss stopped falling, or the task is solved.
+
+    >>> so_far = Rows(np.array([0, 5, 10, 15]), {"accuracy": np.array([0.1, 0.6, 0.8, 0.9])})
+    >>> ends_early(so_far, {"solved": 0.5, "solved_for": 10}), ends_early(so_far, {"solved": 0.7, "solved_for": 10})
+    (True, False)
+    """
+    patience, solved = settings.get("patience"), settings.get("solved")
+    if patience is not None and len(evaluations.steps) - 1 - int(evaluations["loss"].argmin()) >= patience:
+        return True
+    if solved is None:
+        return False
+    unsolved = evaluations.steps[~(evaluations["accuracy"] > solved)]
+    since = evaluations.steps[evaluations.steps > max(unsolved, default=-1)]
+    return len(since) > 0 and int(since[-1] - since[0]) >= settings["solved_for"]
 
 
 def recorded_steps(folder: Path) -> Rows:

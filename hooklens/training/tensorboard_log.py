@@ -1,5 +1,6 @@
 """The record of a run for TensorBoard, beside the run's own files."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,19 @@ class TensorBoardLog:
         self._layers = layers
 
     def step(self, step: int, scalars: Sequence[float], norms: Float[Tensor, "kind layer"]) -> None:
-        """Log loss, learning rate, gradient norm and the norms of every layer."""
-        for name, value in zip(("loss", "rate", "gradient"), scalars[:3], strict=True):
-            self._writer.add_scalar(f"train/{name}", value, step)
+        """Log loss, accuracy, learning rate, gradient norm and the norms of every layer."""
+        for name, value in zip(("loss", "accuracy", "rate", "gradient"), scalars[:4], strict=True):
+            if not math.isnan(value):  # targets that are vectors have no accuracy
+                self._writer.add_scalar(f"train/{name}", value, step)
         for kind, of_layers in zip(_KINDS, norms.tolist(), strict=True):
             for layer, norm in zip(self._layers, of_layers, strict=True):
                 self._writer.add_scalar(f"{kind}/{layer}", norm, step)
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """Log the held-out loss after `step` steps."""
+    def evaluation(self, step: int, loss: float, accuracy: float) -> None:
+        """Log the held-out loss and accuracy after `step` steps."""
         self._writer.add_scalar("held_out/loss", loss, step)
+        if not math.isnan(accuracy):
+            self._writer.add_scalar("held_out/accuracy", accuracy, step)
 
     def close(self) -> None:
         """Write what is buffered."""

@@ -78,11 +78,11 @@ class Run:
         return f"Run({str(self.path)!r}: {', '.join(said)})"
 
     def steps(self) -> Rows:
-        """Every step so far: loss, rate, gradient, seconds, gradient_norms, parameter_norms, change_norms."""
+        """Every step so far: loss, accuracy, rate, gradient, seconds, gradient_norms, parameter_norms, change_norms."""
         return recorded_steps(self.path)
 
     def evaluations(self) -> Rows:
-        """Every evaluation so far: loss, histogram, by_position."""
+        """Every evaluation so far: loss, accuracy, histogram, by_position."""
         return recorded_evaluations(self.path)
 
     def snapshots(self) -> Snapshots:
@@ -109,6 +109,16 @@ class Run:
     def held_out_loss(self) -> NDArray:
         """The held-out loss of every evaluation; `evaluations().steps` says after which step."""
         return self.evaluations()["loss"]
+
+    @property
+    def accuracy(self) -> NDArray:
+        """The share of each step's targets that had the largest output; NaN where targets are vectors."""
+        return self.steps()["accuracy"]
+
+    @property
+    def held_out_accuracy(self) -> NDArray:
+        """The same of every evaluation's held-out targets."""
+        return self.evaluations()["accuracy"]
 
     def checkpoints(self) -> list[Checkpoint]:
         """The kept models, from the untrained to the last."""

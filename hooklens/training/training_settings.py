@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hooklens.core.arguments import seed_number, whole
+from hooklens.core.arguments import real, seed_number, whole
 from hooklens.core.errors import InputError, WrongType, did_you_mean
 from hooklens.model.config import part
 from hooklens.training.losses import CrossEntropy
@@ -31,8 +31,9 @@ class Settings:
     `batch` is the number of rows of a step over all processes; `accumulate` splits it into that many passes. `clip`
     bounds the norm of the whole gradient (None: no bound). `precision` "bfloat16" runs the passes under autocast with
     the weights in the model's dtype. `evaluate` and `checkpoints` are numbers of moments in the run: evaluations at
-    equal distances, checkpoints at equal ratios. `patience` stops after as many evaluations without a lower loss.
-    `seed` determines the dropout masks (model and data have seeds of their own).
+    equal distances, checkpoints at equal ratios. `patience` stops after as many evaluations without a lower loss,
+    `solved` once the held-out accuracy was above it at all evaluations of the last `solved_for` steps. `seed`
+    determines the dropout masks (model and data have seeds of their own).
 
     `snapshots` are activations to keep at every evaluation: names of hook points, short names ("pattern": all layers),
     or a name with layer and head (["pattern", 0, 1]). They are taken on `snapshot_prompts`: token ids, equally many in
@@ -50,6 +51,8 @@ class Settings:
     evaluate: int = 50
     checkpoints: int = 20
     patience: int | None = None
+    solved: float | None = None
+    solved_for: int = 500
     snapshots: Any = ()
     snapshot_prompts: Any = 2
 
@@ -72,6 +75,11 @@ class Settings:
             raise did_you_mean("precision", str(self.precision), _PRECISIONS)
         if self.patience is not None:
             object.__setattr__(self, "patience", whole("patience", self.patience, 1))
+        if self.solved is not None:
+            object.__setattr__(self, "solved", real("solved", self.solved, 0.0))
+            if not self.solved < 1:
+                raise InputError(f"solved is the accuracy above which a run ends, from 0 to below 1; got {self.solved}")
+        object.__setattr__(self, "solved_for", whole("solved_for", self.solved_for, 0))
         object.__setattr__(self, "seed", seed_number(self.seed))
         object.__setattr__(self, "snapshots", checked_choice(self.snapshots))
         object.__setattr__(self, "snapshot_prompts", checked_prompts(self.snapshot_prompts))

@@ -77,6 +77,8 @@ FLAT = in_context_regression(d=2, n_points=3)
         ({}, DATA, {"loss": "squared_error"}, "the targets are tokens, and the loss is 'squared_error'"),
         ({"dtype": torch.float64}, DATA, {"precision": "bfloat16"}, "keeps weights in float32"),
         ({}, modular_arithmetic(p=5, fraction=1.0), {"patience": 2}, "these data hold nothing out"),
+        ({}, modular_arithmetic(p=5, fraction=1.0), {"solved": 0.9}, "these data hold nothing out"),
+        ({"embed": VectorEmbed(d_in=3), "d_vocab_out": 1}, FLAT, {"loss": "squared_error", "solved": 0.9}, "have none"),
         ({}, DATA, {"snapshots": ["patern"]}, "closest: pattern"),
         ({}, DATA, {"snapshots": [["pattern", 0, 7]]}, "no head 7; this model has 2 heads"),
         ({}, DATA, {"snapshots": ["pattern"], "snapshot_prompts": [[1, 2], [1]]}, r"got lengths \[1, 2\]"),

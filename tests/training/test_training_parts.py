@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import hooklens as hl
+from hooklens.data.markov_chains import markov_source
 from hooklens.data.modular import modular_arithmetic
 from hooklens.model.dropout import dropout_masks
 from hooklens.testing import tiny_model
@@ -144,6 +145,20 @@ def test_patience_stops_after_evaluations_without_a_lower_loss(tmp_path):
     run = train(model(), DATA, steps=40, out=tmp_path / "run", settings=settings)
     assert run.steps_done == 3 and run.evaluations().steps.tolist() == [0, 1, 2, 3]
     assert train(model(), DATA, steps=40, out=tmp_path / "run", settings=settings).steps_done == 3
+
+
+def test_solved_stops_after_steps_at_a_held_out_accuracy(tmp_path):
+    source = markov_source(seed=1)
+    settings = Settings(batch=8, solved=0.4, solved_for=6, evaluate=30, optimizer=AdamW(lr=0.01), schedule="constant")
+    for _ in range(2):  # the second call changes nothing
+        trained = tiny_model(d_vocab=source.d_vocab, n_ctx=64)
+        run = train(trained, source, steps=60, out=tmp_path / "run", settings=settings)
+        rows = run.evaluations()
+        assert run.steps_done == rows.steps[-1] < 30
+        assert (rows["accuracy"][-4:] > 0.4).all() and not rows["accuracy"][-5] > 0.4
+    batches = list(source.held_out(64))
+    hits = [trained(batch.inputs).argmax(-1) == batch.targets for batch in batches]
+    assert abs(float(torch.cat(hits).double().mean()) - run.held_out_accuracy[-1]) < 1e-6
 
 
 # -- dropout

@@ -1,0 +1,126 @@
+"""The pass that computes equal tokens once gives the logits and gradients of the model's own pass."""
+
+import pytest
+import torch
+
+import hooklens as hl
+from hooklens.core.errors import HooklensError
+from hooklens.model.shared_tokens import last_logits, shares_tokens
+from hooklens.testing import tiny_model
+from hooklens.training import AdamW, Constant, CrossEntropy, Settings
+
+EPS = torch.finfo(torch.float32).eps
+KINDS = {
+    "plain": {"normalization_type": None},
+    "normed": {"normalization_type": "LN"},
+    "post": {"block": "post"},
+    "sandwich": {"block": "sandwich", "normalization_type": "RMS"},
+    "parallel": {"block": "parallel"},
+    "rotary": {"positional_embedding_type": "rotary"},
+    "grouped": {"n_heads": 4, "n_key_value_heads": 2},
+    "capped": {"score_fn": {"part": "softmax", "soft_cap": 0.5}},
+    "linear": {"score_fn": "linear", "mask": "none"},
+    "no MLP": {"attn_only": True, "d_mlp": 0},
+    "own norm of q and k": {"qk_norm": "RMS"},
+}
+
+
+def prompts(p: int, n: int = 200) -> torch.Tensor:
+    pairs = torch.randint(0, p, (n, 2), generator=torch.Generator().manual_seed(1))
+    return torch.cat([pairs, torch.full((n, 1), p)], 1)
+
+
+def one_layer(p: int, seed: int = 0, dtype: torch.dtype = torch.float32, **fields) -> hl.HookedTransformer:
+    fields = {"n_heads": 2, "d_mlp": 32, "act_fn": "relu", **fields}
+    cfg = hl.HookedTransformerConfig(n_layers=1, d_model=16, d_head=8, d_vocab=p + 1, n_ctx=3, **fields)
+    return hl.HookedTransformer(cfg, seed=seed).to(dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(2))
+def test_its_logits_are_those_of_the_hooked_pass_to_eight_epsilons_of_the_largest(kind, seed):
+    model, tokens = one_layer(11, seed, **KINDS[kind]), prompts(11)
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms too
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+        assert shares_tokens(model, tokens)
+        logits = model(tokens)[:, -1:]
+        assert (last_logits(model, tokens) - logits).abs().max() <= 8 * EPS * logits.abs().max()
+
+
+@pytest.mark.slow
+def test_at_the_size_of_the_paper_run_its_logits_are_those_of_the_hooked_pass_to_eight_epsilons():
+    data = hl.data.modular_arithmetic(113)
+    cfg = hl.HookedTransformerConfig(
+        **{"n_layers": 1, "d_model": 128, "n_heads": 4, "d_head": 32, "d_mlp": 512, "n_ctx": 3},
+        **{"act_fn": "relu", "normalization_type": None, "d_vocab": 114, "d_vocab_out": 113},
+    )
+    model = hl.HookedTransformer(cfg, seed=0)
+    settings = Settings(batch=3830, evaluate=1, checkpoints=2, schedule=Constant(), optimizer=AdamW(lr=3e-3))
+    tokens = data.examples(torch.cartesian_prod(torch.arange(113), torch.arange(113))).inputs
+    for steps in (1, 50):
+        hl.train(model, data, steps=steps, settings=settings)
+        with torch.no_grad():
+            logits = model(tokens, logits_at=-1)
+            assert (last_logits(model, tokens) - logits).abs().max() <= 8 * EPS * logits.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_gradients_are_those_of_the_hooked_pass(kind):
+    model, tokens = one_layer(11, dtype=torch.float64, **KINDS[kind]), prompts(11)
+    weight = torch.randn(len(tokens), 1, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    of_both = []
+    for logits in (model(tokens)[:, -1:], last_logits(model, tokens)):
+        grads = torch.autograd.grad((logits * weight).sum(), list(model.parameters()), allow_unused=True)
+        of_both.append([grad for grad in grads if grad is not None])
+    assert len(of_both[0]) == len(of_both[1]) > 5
+    largest = max(float(grad.abs().max()) for grad in of_both[0])  # that of a key's bias is 0 but for rounding
+    for theirs, ours in zip(*of_both, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-13 * largest)
+
+
+def test_a_token_outside_the_vocabulary_is_refused_as_in_the_hooked_pass():
+    model, tokens = one_layer(11), prompts(11)
+    tokens[0, 0] = 12  # at another position its number would be that of a token there
+    with pytest.raises(HooklensError, match="between 0 and 11 here, got 0 to 12"):
+        last_logits(model, tokens)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        tiny_model(n_layers=2, d_vocab=12),
+        one_layer(11, mask={"part": "sliding_window", "window": 2}),
+        one_layer(11).to(torch.bfloat16),
+        one_layer(11, dropout=0.1).train(),
+    ],
+    ids=["two layers", "window", "bfloat16", "dropout"],
+)
+def test_models_whose_logits_it_does_not_compute(model):
+    assert not shares_tokens(model, prompts(11))
+
+
+def test_few_prompts_or_different_last_tokens_are_left_to_the_model():
+    model, tokens = one_layer(11), prompts(11)
+    assert not shares_tokens(model, tokens[:20])
+    assert not shares_tokens(model, torch.cat([tokens, tokens.roll(1, 1)]))
+
+
+def test_after_100_steps_in_float64_the_loss_is_that_of_the_loop_with_a_hook_to_1e_9():
+    data = hl.data.modular_arithmetic(13, fraction=0.5)
+    settings = Settings(
+        **{"batch": 200, "evaluate": 4, "checkpoints": 2, "schedule": "constant"},
+        **{"optimizer": AdamW(lr=1e-2, weight_decay=1.0, betas=(0.9, 0.98)), "loss": CrossEntropy(double=True)},
+    )
+    runs, losses = [], ([], [])
+    for hooked, kept in zip((False, True), losses, strict=True):
+        model = one_layer(13, dtype=torch.float64, normalization_type=None)
+        hooks = [("hook_embed", lambda act, hook: None)] if hooked else []
+        with model.hooks(hooks):
+            after = lambda step, loss, kept=kept: kept.append(loss)  # noqa: E731  # the record rounds to float32
+            runs.append(hl.train(model, data, steps=100, settings=settings, after_step=after))
+    assert losses[0][99] < 0.7 * losses[0][0]
+    assert max(abs(ours - theirs) for ours, theirs in zip(*losses, strict=True)) < 1e-9
+    for run in runs:
+        assert run.accuracy[-1] > run.accuracy[0] and run.held_out_accuracy.shape == (5,)
+    assert (runs[0].held_out_accuracy == runs[1].held_out_accuracy).all()
