@@ -6,6 +6,7 @@ from typing import Any
 from hooklens.core.arguments import real, whole
 from hooklens.core.errors import ArgumentError
 from hooklens.data.modular import n_trained
+from hooklens.plugins.algorithmic.grokking.grokking_step import BOUND
 from hooklens.plugins.algorithmic.grokking.norm_drop import NO_DECAY, SHUFFLED
 from hooklens.training.run_recipe import Recipe
 
@@ -20,7 +21,7 @@ def grokking_recipe(
     weight_decay: float = 1.0,
     seed: int = 0,
     steps: int = STEPS,
-    lr: float = 1e-3,
+    solved_for: int | None = 500,
     shuffled: bool = False,
 ) -> Recipe:
     """The published run that groks addition modulo 113: its data, its model and how it is trained.
@@ -37,14 +38,19 @@ def grokking_recipe(
     one of the p + 1 answers. All training pairs in every step; AdamW 1e-3, weight decay 1, betas (0.9, 0.98), 10 steps
     of warm-up (the first at a tenth of the rate, at 0 there); cross-entropy in float64 at the last position.
 
+    The run ends when the held-out accuracy was above 0.99 for `solved_for` steps (None: only after `steps`, as there,
+    with 40,000). `shuffled` permutes the answers: see `control_recipes`.
+
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 3 and
     appendix A.
     """
     check_table_size(p, fraction)
+    real("weight_decay", weight_decay, 0.0)
     data = {"task": "modular_arithmetic", "p": p, "fraction": fraction, "seed": seed}
     init = {"part": "normal", "std": _WIDTH**-0.5, "unembed_std": (p + 1) ** -0.5}
-    optimizer = {"lr": real("lr", lr, 0.0), "weight_decay": real("weight_decay", weight_decay, 0.0)}
-    training = {"steps": steps, "batch": p**2, "seed": seed, "optimizer": optimizer}
+    training = {"steps": steps, "batch": p**2, "seed": seed, "optimizer": {"weight_decay": weight_decay}}
+    if solved_for is not None:
+        training |= {"solved": BOUND, "solved_for": solved_for}
     return Recipe(
         data | {"shuffled": True} if shuffled else data,
         {"d_model": _WIDTH, "seed": seed, "init": init},
