@@ -111,6 +111,7 @@ class GrokkingStudy(Result):
                 "memorised at step": step.memorised_at,
                 "memorisation ends": None if self.phases is None else self.phases.memorised,
                 "cleanup begins": None if self.phases is None else self.phases.formed,
+                "rise begins": step.rise_at,
                 "generalised at step": step.generalised_at,
                 "steps": self.n_steps,
             }
