@@ -87,3 +87,16 @@ def grok(
         for name, control in control_of(recipe, run.steps_done):
             trained[name] = train_recipe(control, folder / name.replace(" ", "_"), device=device, show=show)
     return study_grokking(run, controls=trained)
+
+
+def folder_name(recipe: Recipe) -> str:
+    """A name for the folder of a run, from what tells it from others.
+
+    >>> from hooklens.plugins.algorithmic.grokking.modular_recipes import grokking_recipe
+    >>> folder_name(grokking_recipe(seed=3))
+    'p113_fraction0.3_decay1_seed3'
+    """
+    data, rule = recipe.data, recipe.training["optimizer"]
+    decay = rule.get("inner", rule).get("weight_decay", 0.0)
+    own = "" if rule["part"] == "adamw" else f"_{rule['part']}"
+    return f"p{data['p']}_fraction{data['fraction']:g}_decay{decay:g}{own}_seed{data['seed']}"

@@ -1,19 +1,24 @@
 """One run of modular addition, analysed: when it grokked, its Fourier circuit, its norm, and where it generalised."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-
-import torch
 
 from hooklens.core.errors import InputError
 from hooklens.data.modular import Modular, modular_arithmetic
 from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.algorithmic.fourier.circles import Circles, project_embedding
 from hooklens.plugins.algorithmic.fourier.demo_task import demo_modulus
+from hooklens.plugins.algorithmic.fourier.frequency_ablation import (
+    FrequencyAblation,
+    ablate_logit_frequencies,
+    ablate_neuron_frequencies,
+)
+from hooklens.plugins.algorithmic.fourier.frequency_sets import SmallestSet, find_smallest_set
 from hooklens.plugins.algorithmic.fourier.key_frequencies import KeyFrequencies, find_key_frequencies
 from hooklens.plugins.algorithmic.fourier.logit_formula import LogitFormula, fit_logit_formula
 from hooklens.plugins.algorithmic.fourier.neuron_frequencies import NeuronFrequencies, classify_neurons
-from hooklens.plugins.algorithmic.fourier.pair_table import PairTable, run_pairs
+from hooklens.plugins.algorithmic.fourier.pair_table import run_pairs
 from hooklens.plugins.algorithmic.fourier.progress_measures import (
     Progress,
     excluded_loss,
@@ -21,6 +26,7 @@ from hooklens.plugins.algorithmic.fourier.progress_measures import (
     restricted_loss,
     task_of,
 )
+from hooklens.plugins.algorithmic.fourier.sum_directions import SumDirections, read_sum_directions
 from hooklens.plugins.algorithmic.fourier.weight_spectra import FourierSpectrum, measure_fourier_spectrum
 from hooklens.plugins.algorithmic.grokking.grokking_step import GrokkingStep, find_grokking
 from hooklens.plugins.algorithmic.grokking.modular_recipes import check_table_size
@@ -56,16 +62,24 @@ PUBLISHED: Mapping[str, str] = {
 class CircuitReadings(Result):
     """What the Fourier analysis finds in one model, over all pairs of its table.
 
-    `restricted` and `excluded` are losses in nats at the key frequencies; NaN if there is no key frequency.
+    `loss` is that on all pairs, `chance` ln p. `restricted` and `excluded` are losses at the key frequencies, None if
+    there is no key frequency. All are in nats. `smallest`, `circles`, `directions` and the ablations are None without
+    key frequencies, too.
     """
 
     keys: KeyFrequencies
     neurons: NeuronFrequencies
     spectrum: FourierSpectrum
     formula: LogitFormula
-    pairs: PairTable
-    restricted: float
-    excluded: float
+    loss: float
+    chance: float
+    restricted: float | None
+    excluded: float | None
+    smallest: SmallestSet | None = None
+    circles: Circles | None = None
+    directions: SumDirections | None = None
+    logit_ablation: FrequencyAblation | None = None
+    neuron_ablation: FrequencyAblation | None = None
 
     @property
     def frequencies(self) -> list[int]:
@@ -83,7 +97,7 @@ class GrokkingStudy(Result):
 
     terms = _TERMS
 
-    p: int
+    modulus: int
     seed: int
     fraction: float
     weight_decay: float
@@ -100,7 +114,7 @@ class GrokkingStudy(Result):
     @property
     def is_published_setting(self) -> bool:
         """Whether p, fraction and weight decay are those of the paper's run."""
-        return (self.p, self.fraction, self.weight_decay) == (113, 0.3, 1.0)
+        return (self.modulus, self.fraction, self.weight_decay) == (113, 0.3, 1.0)
 
     def values(self) -> dict[str, Any]:
         """What the study found, by name: a row of a table over seeds."""
@@ -123,10 +137,11 @@ class GrokkingStudy(Result):
             "number of key frequencies": len(circuit.frequencies),
             "neurons explained above 85 %": f"{circuit.neurons.n_explained} of {n_neurons}",
             "variance of the logits explained": circuit.formula.explained_centred,
-            "loss, all pairs (nats)": circuit.pairs.loss,
+            "loss, all pairs (nats)": circuit.loss,
             "restricted loss (nats)": circuit.restricted,
             "excluded loss (nats)": circuit.excluded,
-            "ln p (nats)": circuit.pairs.chance,
+            "ln p (nats)": circuit.chance,
+            "smallest set within 1 %": None if circuit.smallest is None else circuit.smallest.size,
             "Gini of W_E": circuit.spectrum.gini_embedding,
             "Gini of W_L": circuit.spectrum.gini_neuron_logit,
             "drop of the squared norm at grokking": drop,
@@ -178,7 +193,7 @@ def study_grokking(run: Run, *, controls: Mapping[str, Run] | None = None) -> Gr
         )
     halfway_step, halfway = _halfway(run, data, progress)
     return GrokkingStudy(
-        p=data.p,
+        modulus=data.p,
         seed=data.seed,
         fraction=data.fraction,
         weight_decay=_weight_decay(run.identity["settings"]["optimizer"]),
@@ -204,7 +219,7 @@ def study_grokked_model(model: HookedTransformer, data: Modular) -> GrokkingStud
     """
     check_table_size(data.p, data.fraction)
     return GrokkingStudy(
-        p=data.p,
+        modulus=data.p,
         seed=data.seed,
         fraction=data.fraction,
         weight_decay=float("nan"),
@@ -220,15 +235,25 @@ def read_circuit(model: HookedTransformer, data: Modular) -> CircuitReadings:
     neurons = classify_neurons(pairs)
     keys = find_key_frequencies(model, data)
     used, trained = keys.keys, pairs.trained
-    nothing = float("nan")
-    return CircuitReadings(
+    readings = CircuitReadings(
         keys=keys,
         neurons=neurons,
         spectrum=measure_fourier_spectrum(model, data),
         formula=fit_logit_formula(pairs, frequencies=used or None),
-        pairs=pairs,
-        restricted=restricted_loss(pairs.logits, used) if used else nothing,
-        excluded=excluded_loss(pairs.logits, used, trained) if used and trained is not None else nothing,
+        loss=pairs.loss,
+        chance=pairs.chance,
+        restricted=restricted_loss(pairs.logits, used) if used else None,
+        excluded=excluded_loss(pairs.logits, used, trained) if used and trained is not None else None,
+    )
+    if not used:
+        return readings
+    return replace(
+        readings,
+        smallest=find_smallest_set(pairs) if pairs.loss < pairs.chance else None,
+        circles=project_embedding(model, data, frequencies=used),
+        directions=read_sum_directions(model, data, frequencies=used, table=pairs),
+        logit_ablation=ablate_logit_frequencies(pairs),
+        neuron_ablation=ablate_neuron_frequencies(model, data),
     )
 
 
@@ -267,14 +292,13 @@ def _weight_decay(optimizer: Mapping[str, Any]) -> float:
 def _circuit_sentence(circuit: CircuitReadings) -> str:
     used = ", ".join(map(str, circuit.frequencies))
     n, total = circuit.neurons.n_explained, len(circuit.neurons.explained)
-    if not used:
+    if not used or circuit.restricted is None or circuit.excluded is None:
         return "No frequency explains 85 % of the variance of any neuron: this model has no Fourier circuit."
     return (
         f"Key frequencies by the neuron rule: {used}; {n} of {total} neurons ({n / total:.0%}) are explained above "
         f"85 % by one frequency, and sum_k alpha_k cos w_k (a + b - c) explains {circuit.formula.explained_centred:.1%} "
         f"of the variance of the centred logits. Restricted loss {circuit.restricted:.3g} nats and excluded loss "
-        f"{circuit.excluded:.3g}, against a loss of {circuit.pairs.loss:.3g} on all pairs and ln p = "
-        f"{circuit.pairs.chance:.3g}."
+        f"{circuit.excluded:.3g}, against a loss of {circuit.loss:.3g} on all pairs and ln p = {circuit.chance:.3g}."
     )
 
 
