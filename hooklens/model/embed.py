@@ -1,8 +1,5 @@
 """The ends of the residual stream: embeddings, positions, the unembedding."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,15 +10,10 @@ from torch.autograd.function import once_differentiable
 from hooklens.core.errors import InputError
 from hooklens.core.hooks import HookedPart, HookPoint
 from hooklens.model.config import DividedScaling, HookedTransformerConfig, Rotary, VectorEmbed
-from hooklens.model.linear import GradientVector, Linear, has_gradient_hooks
+from hooklens.model.linear import Linear, _open_gradients, gradients_into, has_gradient_hooks
 
 Stream = Float[Tensor, "batch pos d_model"]
 Angles = Float[Tensor, "*batch pos turned"]
-
-# An embedding, tokens, and the gradient of their rows.
-Collected = tuple[nn.Parameter, Int[Tensor, "*tokens"], Float[Tensor, "*tokens d_model"]]
-_row_gradients: ContextVar[list[Collected] | None] = ContextVar("hooklens_row_gradients", default=None)
-_open_blocks: set[object] = set()  # checked first: code outside every block compiles whole
 
 
 class Embedding(nn.Embedding):
@@ -40,50 +32,20 @@ class TokenEmbedding(Embedding):
         self.scale = cfg.embed.scale
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Stream:
-        is_collected = _open_blocks and _row_gradients.get() is not None and not has_gradient_hooks(self.weight)
+        into = gradients_into.innermost() if _open_gradients else None
+        is_collected = into is not None and into.collects_rows and not has_gradient_hooks(self.weight)
         rows = _Rows.apply(self.weight, tokens) if is_collected else super().forward(tokens)
         return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)
 
 
-@contextmanager
-def row_gradients(into: GradientVector | None = None) -> Iterator[None]:
-    """A `with` block, around a backward pass, that adds gradients of embedded tokens to their rows at its end.
-
-    >>> embedding = Embedding(9, 2)
-    >>> with row_gradients():
-    ...     _Rows.apply(embedding.weight, torch.tensor([[4, 4]])).sum().backward()
-    >>> embedding.weight.grad[3:5]
-    tensor([[0., 0.],
-            [2., 2.]])
-
-    Autograd would write a gradient of the whole vocabulary for it, and add that to the gradient of the unembedding.
-    Where products write to `into`, the rows of a shared weight are added there.
-    """
-    kept: list[Collected] = []
-    block = object()
-    token = _row_gradients.set(kept)
-    _open_blocks.add(block)
-    try:
-        yield
-    finally:
-        _open_blocks.discard(block)
-        _row_gradients.reset(token)
-    for weight, tokens, grad in kept:
-        if into is not None and id(weight) in into.written:
-            total = into.of[id(weight)]
-        else:
-            weight.grad = total = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        total.index_add_(0, tokens.flatten(), grad.flatten(0, -2))
-
-
 class _Rows(torch.autograd.Function):
-    """Rows of a weight, whose gradient an open `row_gradients` block collects."""
+    """Rows of a weight, whose gradient the vector of an open `gradients_into` block keeps."""
 
     @staticmethod
     def forward(
         ctx: Any, weight: Float[Tensor, "d_vocab d_model"], tokens: Int[Tensor, "*tokens"]
     ) -> Float[Tensor, "*tokens d_model"]:
-        ctx.weight, ctx.tokens, ctx.kept = weight, tokens, _row_gradients.get()
+        ctx.weight, ctx.tokens, ctx.kept = weight, tokens, gradients_into.innermost().rows
         return nn.functional.embedding(tokens, weight)
 
     @staticmethod

@@ -7,15 +7,14 @@ block.
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypeGuard
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
@@ -28,6 +27,8 @@ from hooklens.core.scope import Lifetime, Scope
 Packed = Float[Tensor, "d_out d_in"]
 # A weight, the version of it that was packed, and its pack.
 Known = tuple[Float[Tensor, "d_out d_in"], int, Packed]
+# An embedding, tokens, and the gradient of their rows.
+Collected = tuple[nn.Parameter, Int[Tensor, "*tokens"], Float[Tensor, "*tokens d_model"]]
 
 _packs: ContextVar[tuple[Lifetime, ...]] = ContextVar("hooklens_packed", default=())
 _open_packs: set[Lifetime] = set()
@@ -39,8 +40,8 @@ _FEWEST_ROWS = 16
 _WORTH_MEASURING = 2**19
 # The least multiplications for which a product in a step of training goes to oneDNN: below, the call costs more.
 _WORTH_ONEDNN = 2**26
-_faster_gradients: "ContextVar[GradientVector | None]" = ContextVar("hooklens_faster_gradients", default=None)
-_open_gradients: set[object] = set()  # checked first: code outside every block compiles whole
+_gradients: ContextVar[tuple[Lifetime, ...]] = ContextVar("hooklens_gradients", default=())
+_open_gradients: set[Lifetime] = set()
 _vector_gains: dict[tuple[torch.Size, torch.dtype], float] = {}
 
 
@@ -56,7 +57,8 @@ class Linear(nn.Linear):
             packed = packs.weight_of(self, x)
             if packed is not None:
                 return packed_product(x, packed, self.bias)
-        if _open_gradients and _faster_gradients.get() is not None and _worth_it(x, self.weight):
+        into = gradients_into.innermost() if _open_gradients else None
+        if into is not None and into.products and _worth_it(x, self.weight):
             return _Product.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
@@ -131,11 +133,18 @@ def packed_product(
 
 
 class GradientVector:
-    """Where products write the gradients of their weights; `of` maps the id of a weight to its part of a vector."""
+    """Where the passes of a step of training write gradients; `of` maps the id of a weight to its part of a vector.
 
-    def __init__(self, of: Mapping[int, Float[Tensor, "..."]]):
-        self.of = of
+    With `products`, large float32 products on the CPU, and their gradients, are computed by oneDNN from the weight as
+    it lies in memory, so that nothing has to be packed after each change of the weights. With `rows`, gradients of
+    embedded tokens are kept until `add_rows`: autograd would write one of the whole vocabulary for every pass.
+    """
+
+    def __init__(self, of: Mapping[int, Float[Tensor, "..."]], *, products: bool = True, rows: bool = True):
+        self.of, self.collects_rows = of, rows
+        self.products = products and _measured(packs=False) > 0
         self.written: set[int] = set()
+        self.rows: list[Collected] = []
 
     def add(
         self, weight: Float[Tensor, "d_out d_in"], grad: Float[Tensor, "row d_out"], x: Float[Tensor, "row d_in"]
@@ -151,27 +160,36 @@ class GradientVector:
             self.written.add(id(weight))
         return None
 
+    def add_rows(self) -> None:
+        """Add the kept gradients of tokens to their rows: in the vector if a product wrote to it, else in `grad`."""
+        for weight, tokens, grad in self.rows:
+            if id(weight) in self.written:
+                total = self.of[id(weight)]
+            else:
+                weight.grad = total = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            total.index_add_(0, tokens.flatten(), grad.flatten(0, -2))
+        self.rows.clear()
 
-@contextmanager
-def faster_gradients(enabled: bool, into: GradientVector | None = None) -> Iterator[None]:
-    """A `with` block in which large float32 products on the CPU, and their gradients, are computed by oneDNN.
 
-    >>> layer, x = Linear(8, 8), torch.ones(2, 8)
-    >>> with faster_gradients(True):
+class gradients_into(Scope):
+    """A `with` block whose backward passes write gradients of weights to a vector, where it has a part of them.
+
+    >>> layer, x, into = Linear(8, 8), torch.ones(2, 8), GradientVector({})
+    >>> with gradients_into(into):
     ...     torch.allclose(layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-5)
     True
 
-    It computes from the weight as it lies in memory, so nothing has to be packed after each change of the weights. The
-    gradients cannot be differentiated again. Those of weights are written to `into`, and not to `weight.grad`.
+    Such gradients cannot be differentiated again.
     """
-    block, chosen = object(), GradientVector({}) if into is None else into
-    token = _faster_gradients.set(chosen if enabled and _measured(packs=False) > 0 else None)
-    _open_gradients.add(block)
-    try:
-        yield
-    finally:
-        _open_gradients.discard(block)
-        _faster_gradients.reset(token)
+
+    stack, anywhere = _gradients, _open_gradients
+
+    def __init__(self, into: GradientVector):
+        super().__init__()
+        self.into = into
+
+    def begin(self) -> GradientVector:
+        return self.into
 
 
 class _Product(torch.autograd.Function):
@@ -182,7 +200,7 @@ class _Product(torch.autograd.Function):
         ctx: Any, x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, "d_out"] | None
     ) -> Float[Tensor, "... d_out"]:
         ctx.save_for_backward(x, weight)
-        ctx.weight, ctx.into = weight, _faster_gradients.get()
+        ctx.weight, ctx.into = weight, gradients_into.innermost()
         return packed_product(x, weight, bias)
 
     @staticmethod

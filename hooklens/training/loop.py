@@ -24,8 +24,7 @@ from hooklens.core.fingerprint import raw_bytes
 from hooklens.core.progress_bar import progress
 from hooklens.data.batches import Batch, TrainingData, drawn_for
 from hooklens.model.dropout import dropout_masks
-from hooklens.model.embed import row_gradients
-from hooklens.model.linear import GradientVector, faster_gradients, faster_gradients_pay
+from hooklens.model.linear import GradientVector, faster_gradients_pay, gradients_into
 from hooklens.model.shared_tokens import last_logits, shares_tokens
 from hooklens.model.transformer import methods_replaced
 from hooklens.pretrained.checkpoint import save
@@ -173,8 +172,8 @@ class _Training:
         """Take the run in the folder from its last state; write what the run is if it begins here."""
         if self.group.first:
             state = self.folder.load_state() if self.folder.exists else None
+            self.products = self._fitting_products()
             identity = self._identity(state)
-            self.products = identity["products"]
             self.folder.check(identity, why_not_extended=self._why_not_extended())
             self.digest = digest([plain_json(identity | {"steps": None})])
             message = self.folder.noted_divergence()
@@ -217,13 +216,15 @@ class _Training:
             return None
         return f"the {schedule.name} schedule depends on the planned steps; only a constant one can be extended"
 
+    def _fitting_products(self) -> str:
+        """The products of this run. The two differ in the last bits: a run goes on with those that it began with."""
+        fitting = "oneDNN" if self.vector.values.dtype == torch.float32 and faster_gradients_pay() else "torch"
+        return self.folder.identity().get("products", fitting) if self.folder.exists else fitting
+
     def _identity(self, state: tuple[dict[str, Any], dict[str, Tensor]] | None) -> dict[str, Any]:
         """What two calls that are the same run have in common. Weights: those at its start, or of its last state."""
         values = self.vector.values.cpu()
         initial = digest([raw_bytes(values)])
-        products = "oneDNN" if values.dtype == torch.float32 and faster_gradients_pay() else "torch"
-        if self.folder.exists:  # the two differ in the last bits: a run goes on with what it began with
-            products = self.folder.identity().get("products", products)
         if state is not None and values.dtype == state[1]["values"].dtype and torch.equal(values, state[1]["values"]):
             initial = self.folder.identity()["initial_weights"]
         frozen = [p for p in self.model.parameters() if not p.requires_grad]
@@ -234,7 +235,7 @@ class _Training:
             "config": self.model.cfg.to_json(),
             "data": self.data.identity(),
             "to_learn": self.data.description(),
-            "products": products,
+            "products": self.products,
             "layers": list(self.vector.layers),
             "trained": sum(p.numel() for p in self.vector.parameters.values()),
             "frozen_weights": digest(raw_bytes(p.detach().cpu().contiguous()) for p in frozen),
@@ -316,27 +317,26 @@ class _Training:
         size = -(-len(rows) // self.settings.accumulate)
         seed = drawn_for(self.settings.seed, f"dropout {self.step}").initial_seed()
         summed = torch.zeros(2, dtype=torch.float64, device=self.vector.values.device)
-        into = GradientVector({id(self.vector.parameters[name]): view for name, view in self.grad_views.items()})
+        into = self._into()
         for start in range(0, len(rows), size):
             # Every pass draws the masks of the whole batch again, from the seed and the step only.
             self.masks.manual_seed(seed)
             masks = dropout_masks(self.masks, first_row=first_row + start, n_rows=n_rows)
-            with torch.enable_grad(), masks, self._faster_gradients(into):
+            with torch.enable_grad(), masks, gradients_into(into):
                 losses, n_correct = self._losses_of(rows.rows(start, start + size))
                 part = losses.sum() / total
                 part.backward()
+            into.add_rows()
             summed += torch.stack([part.detach(), n_correct / total])
         self.vector.gather_gradients(self.grads, into.written)
         self.group.sum(self.grads)
         loss, accuracy = self.group.sum(summed).tolist()
         return loss, accuracy
 
-    @contextlib.contextmanager
-    def _faster_gradients(self, into: GradientVector) -> Iterator[None]:
-        # On a GPU the order in which rows are added is not fixed.
-        rows = row_gradients(into) if self.vector.values.device.type == "cpu" else contextlib.nullcontext()
-        with faster_gradients(self.products == "oneDNN", into), rows:
-            yield
+    def _into(self) -> GradientVector:
+        of = {id(self.vector.parameters[name]): view for name, view in self.grad_views.items()}
+        on_cpu = self.vector.values.device.type == "cpu"  # on a GPU the order in which rows are added is not fixed
+        return GradientVector(of, products=self.products == "oneDNN", rows=on_cpu)
 
     def _losses_of(self, batch: Batch) -> tuple[Float[Tensor, "target"], Float[Tensor, ""]]:
         """The loss of every target that counts, and the number of those that have the largest output."""

@@ -10,8 +10,8 @@ from packing import needs_packing
 import hooklens as hl
 from hooklens.data.modular import modular_arithmetic
 from hooklens.model import linear
-from hooklens.model.embed import row_gradients
-from hooklens.model.linear import GradientVector, Linear, faster_gradients
+from hooklens.model.embed import Embedding, _Rows
+from hooklens.model.linear import GradientVector, Linear, gradients_into
 from hooklens.testing import tiny_model
 from hooklens.training import loop
 from hooklens.training.optimizers import SGD
@@ -24,12 +24,10 @@ TOKENS = torch.tensor([[1, 2, 1, 3], [4, 4, 4, 0]])
 def gradients(model, *, faster):
     model.zero_grad()
     model.train()
-    with faster_gradients(faster):
-        if faster:
-            with row_gradients():
-                model(TOKENS).square().sum().backward()
-        else:
-            model(TOKENS).square().sum().backward()
+    into = GradientVector({}, products=faster, rows=faster)
+    with gradients_into(into):
+        model(TOKENS).square().sum().backward()
+    into.add_rows()
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
@@ -55,8 +53,9 @@ def test_gradients_of_several_passes_are_written_to_one_vector(monkeypatch, tied
     views = vector.views(grads)
     into = GradientVector({id(vector.parameters[name]): view for name, view in views.items()})
     for row in TOKENS:
-        with faster_gradients(True, into), row_gradients(into):
+        with gradients_into(into):
             model(row[None]).square().sum().backward()
+        into.add_rows()
     assert 0 < len(into.written) < len(views)
     vector.gather_gradients(grads, into.written)
     plain = gradients(model, faster=False)
@@ -73,7 +72,7 @@ def test_products_and_their_gradients_agree(monkeypatch, bias, shape):
     layer, x = Linear(24, 16, bias=bias), torch.randn(shape, requires_grad=True)
     results = []
     for enabled in (False, True):
-        with faster_gradients(enabled):
+        with gradients_into(GradientVector({}, products=enabled)):
             out = layer(x)
         results.append((out, *torch.autograd.grad(out.sin().sum(), [x, *layer.parameters()])))
     assert type(out.grad_fn).__name__ == "_ProductBackward"
@@ -83,8 +82,10 @@ def test_products_and_their_gradients_agree(monkeypatch, bias, shape):
 def test_a_frozen_embedding_gets_no_gradient():
     model = tiny_model()
     model.embed.weight.requires_grad_(False)
-    with row_gradients():
+    into = GradientVector({}, products=False)
+    with gradients_into(into):
         model(TOKENS).sum().backward()
+    into.add_rows()
     assert model.embed.weight.grad is None and model.unembed.linear.weight.grad is not None
 
 
@@ -112,14 +113,27 @@ def test_a_hook_on_a_gradient_sees_all_of_it(monkeypatch, tied, register):
 def test_a_resumed_run_keeps_the_products_that_it_began_with(monkeypatch, tmp_path, began):
     seen = []
 
-    def note(enabled, into):
-        seen.append(enabled)
-        return faster_gradients(enabled, into)
+    def note(of, products, rows):
+        seen.append(products)
+        return GradientVector(of, products=products, rows=rows)
 
-    monkeypatch.setattr(loop, "faster_gradients", note)
+    monkeypatch.setattr(loop, "GradientVector", note)
     data, settings = modular_arithmetic(p=5, fraction=0.8), Settings(batch=4, schedule="constant")
     for steps, pays in ((2, began == "oneDNN"), (4, began != "oneDNN")):
         monkeypatch.setattr(loop, "faster_gradients_pay", lambda pays=pays: pays)
         hl.train(tiny_model(d_vocab=data.d_vocab), data, steps=steps, out=tmp_path, settings=settings)
     assert seen == [began == "oneDNN"] * 4
     assert json.loads((tmp_path / "run.json").read_text())["content"]["products"] == began
+
+
+@needs_packing
+def test_an_inner_block_writes_to_its_own_vector_and_the_outer_one_goes_on():
+    layer, outer, inner = Embedding(4, 2), GradientVector({}), GradientVector({})
+    tokens = torch.tensor([[1, 2]])
+    with gradients_into(outer):
+        with gradients_into(inner):
+            _Rows.apply(layer.weight, tokens).sum().backward()
+        _Rows.apply(layer.weight, tokens).sum().backward()
+    assert len(outer.rows) == len(inner.rows) == 1
+    inner.add_rows()
+    assert layer.weight.grad.sum(-1).tolist() == [0.0, 2.0, 2.0, 0.0]
