@@ -1,1 +1,1 @@
-"""Algorithms found inside trained models: grokking and its Fourier circuit, in-context learning as gradient descent."""
+"""Models trained on algorithmic tasks: the Fourier circuit of modular addition, in-context regression."""

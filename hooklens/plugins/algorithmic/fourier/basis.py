@@ -1,0 +1,173 @@
+"""The Fourier basis on the numbers modulo p: transforms in one and two dimensions, and functions of the sum a + b."""
+
+import math
+from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.arguments import several, whole
+from hooklens.core.errors import ArgumentError
+
+Values = Float[Tensor, "p *rest"]
+Table = Float[Tensor, "a b *rest"]
+
+
+def fourier_basis(p: int, *, dtype: torch.dtype = torch.float64) -> Float[Tensor, "component p"]:
+    """The constant, then cos(2 pi k n / p) and sin(2 pi k n / p) for k = 1, 2, ...: p orthonormal rows.
+
+    Frequencies reach from 1 to p // 2. For even p the last one, p / 2, alternates between +1 and -1 and has no sine.
+
+    >>> basis = fourier_basis(7)
+    >>> bool(torch.allclose(basis @ basis.T, torch.eye(7, dtype=torch.float64), atol=1e-12))
+    True
+
+    Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 4.
+    """
+    whole("p", p, 2)
+    n, k = torch.arange(p), torch.arange(1, p // 2 + 1)
+    angles = 2 * math.pi / p * (k[:, None] * n % p).double()  # k n is reduced first, so that large products stay exact
+    waves = torch.stack([angles.cos(), angles.sin()], 1).flatten(0, 1)[: p - 1]
+    rows = torch.cat([torch.ones(1, p, dtype=torch.float64), waves])
+    return (rows / rows.norm(dim=1, keepdim=True)).to(dtype)
+
+
+def component_names(p: int) -> list[str]:
+    """The rows of `fourier_basis` in words.
+
+    >>> component_names(5)
+    ['constant', 'cos 1', 'sin 1', 'cos 2', 'sin 2']
+    """
+    return ["constant", *(f"{wave} {k}" for k in range(1, p // 2 + 1) for wave in ("cos", "sin"))][:p]
+
+
+def component_frequencies(p: int) -> Int[Tensor, "component"]:
+    """The frequency of each row of `fourier_basis`: 0, 1, 1, 2, 2, ..."""
+    return (torch.arange(p) + 1) // 2
+
+
+def transform(values: Values) -> Float[Tensor, "component *rest"]:
+    """The coefficients of functions of n in the Fourier basis; sums of squares stay what they are.
+
+    >>> transform(torch.ones(4, 1, dtype=torch.float64)).abs().flatten().round(decimals=3).tolist()
+    [2.0, 0.0, 0.0, 0.0]
+    """
+    return torch.tensordot(_basis_for(values, 0), values, dims=1)
+
+
+def transform_2d(values: Table) -> Float[Tensor, "component_a component_b *rest"]:
+    """The coefficients of functions of (a, b) in the products of two rows of the Fourier basis.
+
+    >>> table = torch.ones(5, 5, dtype=torch.float64)
+    >>> transform_2d(table)[0, 0].item(), transform_2d(table).abs().sum().item()
+    (5.0..., 5.0...)
+    """
+    by_a = transform(values)
+    return torch.tensordot(_basis_for(values, 1), by_a, dims=([1], [1])).movedim(0, 1)
+
+
+def inverse_2d(coefficients: Float[Tensor, "component_a component_b *rest"]) -> Table:
+    """The function of (a, b) that has these coefficients."""
+    basis = _basis_for(coefficients, 0).T
+    by_a = torch.tensordot(basis, coefficients, dims=1)
+    return torch.tensordot(basis, by_a, dims=([1], [1])).movedim(0, 1)
+
+
+def frequency_power(values: Values) -> Float[Tensor, "frequency *rest"]:
+    """The sum of squares in the cosine and the sine of each frequency 1, 2, ..., p // 2."""
+    squares, p = transform(values).square(), len(values)
+    power = squares.new_zeros((p // 2 + 1, *squares.shape[1:]))
+    return power.index_add(0, component_frequencies(p).to(power.device), squares)[1:]
+
+
+def frequency_power_2d(values: Table) -> Float[Tensor, "frequency *rest"]:
+    """The sum of squares in the terms that have one frequency only: linear ones in a or b, and products of both.
+
+    The eight terms of frequency k are cos k a, sin k a, cos k b, sin k b and the four products of these of a and b.
+    """
+    squares, p = transform_2d(values).square(), len(values)
+    of = component_frequencies(p).to(squares.device)
+    same = of[:, None] == of
+    linear_or_product = same | (of[:, None] == 0) | (of == 0)
+    frequency = torch.maximum(of[:, None], of)
+    power = squares.new_zeros((p // 2 + 1, *squares.shape[2:]))
+    return power.index_add(0, frequency[linear_or_product], squares[linear_or_product])[1:]
+
+
+def keep_single_frequencies(values: Table, frequencies: Iterable[int]) -> Table:
+    """The part of a function of (a, b) in the eight terms of each of these frequencies; see `frequency_power_2d`."""
+    of = component_frequencies(len(values)).to(values.device)
+    kept = torch.zeros(len(of), len(of), dtype=torch.bool, device=values.device)
+    for k in frequencies:
+        single = (of == k) | (of == 0)
+        kept |= single[:, None] & single
+    kept[0, 0] = False
+    coefficients = transform_2d(values)
+    return inverse_2d(coefficients * kept.reshape(*kept.shape, *[1] * (values.ndim - 2)).to(values.dtype))
+
+
+def sums(p: int) -> Int[Tensor, "a b"]:
+    """(a + b) mod p for every pair.
+
+    >>> sums(3).tolist()
+    [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
+    """
+    n = torch.arange(p)
+    return (n[:, None] + n) % p
+
+
+def mean_by_sum(values: Table) -> Float[Tensor, "s *rest"]:
+    """The mean over the p pairs that have each sum: the part of a function of (a, b) that depends on a + b only.
+
+    >>> mean_by_sum(sums(5).double()).tolist()
+    [0.0, 1.0, 2.0, 3.0, 4.0]
+    """
+    p = len(values)
+    means = values.new_zeros((p, *values.shape[2:]))
+    return means.index_add(0, sums(p).flatten().to(values.device), values.flatten(0, 1)) / p
+
+
+def keep_frequencies(values: Values, frequencies: Iterable[int]) -> Values:
+    """The part of functions of n in the cosine and sine of these frequencies, without the constant.
+
+    >>> wave = torch.cos(2 * torch.pi / 7 * 3 * torch.arange(7).double())
+    >>> bool(torch.allclose(keep_frequencies(1 + wave, [3]), wave))
+    True
+    """
+    chosen = torch.isin(component_frequencies(len(values)), torch.tensor(list(frequencies), dtype=torch.long))
+    rows = _basis_for(values, 0)[chosen.to(values.device)]
+    return torch.tensordot(rows.T, torch.tensordot(rows, values, dims=1), dims=1)
+
+
+def distinguished(p: int, frequencies: Iterable[int]) -> int:
+    """How many of the p answers functions of these frequencies tell apart: p divided by the common divisor.
+
+    For prime p every frequency tells all answers apart. For composite p one that shares a factor with p does not.
+
+    >>> distinguished(113, [14]), distinguished(12, [4]), distinguished(12, [4, 3]), distinguished(12, [])
+    (113, 3, 12, 1)
+    """
+    return p // math.gcd(p, *frequencies)
+
+
+def checked_frequencies(frequencies: Any, p: int) -> list[int]:
+    """The frequencies in order, each once; refused unless they are whole numbers from 1 to p // 2.
+
+    >>> checked_frequencies([9, 2, 2], 7)
+    Traceback (most recent call last):
+    ...
+    hooklens.core.errors.ArgumentError: frequencies are whole numbers from 1 to p // 2 = 3 for p = 7, got [9, 2, 2]
+    """
+    given = [f.item() if isinstance(f, Tensor) and f.ndim == 0 else f for f in several("frequencies", frequencies)]
+    if not all(isinstance(f, Integral) and not isinstance(f, bool) and 1 <= f <= p // 2 for f in given):
+        raise ArgumentError(
+            "{frequencies} are whole numbers from 1 to p // 2 = {0} for p = {1}, got {2}", p // 2, p, f"{given!r:.80}"
+        )
+    return sorted({int(f) for f in given})
+
+
+def _basis_for(values: Tensor, dim: int) -> Float[Tensor, "component p"]:
+    return fourier_basis(values.shape[dim], dtype=values.dtype).to(values.device)

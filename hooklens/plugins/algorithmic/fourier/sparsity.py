@@ -1,0 +1,36 @@
+"""How sparse a spectrum is: the Gini coefficient and the inverse participation ratio."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def gini(values: Float[Tensor, "*lead entry"]) -> Float[Tensor, "*lead"]:
+    """The Gini coefficient of absolute values: 0 if all are equal, 1 - 1/n if one of n is not zero; NaN if none is.
+
+    With the values in increasing order, G = 1 - 2 sum_k (c_k / |c|_1) (n - k + 1/2) / n.
+
+    >>> gini(torch.tensor([[3.0, 3.0, 3.0, 3.0], [0.0, 0.0, 5.0, 0.0]])).tolist()
+    [0.0, 0.75]
+
+    Reference: Hurley and Rickard (2009), "Comparing Measures of Sparsity", definition of the Gini index; Nanda et al.
+    (2023), "Progress measures for grokking via mechanistic interpretability", take it of the norms of the Fourier
+    components of W_E and W_L.
+    """
+    ordered = values.abs().sort(-1).values
+    n = ordered.shape[-1]
+    weight = (n - torch.arange(1, n + 1, device=values.device) + 0.5) / n
+    return 1 - 2 * (ordered / ordered.sum(-1, keepdim=True) * weight.to(values.dtype)).sum(-1)
+
+
+def inverse_participation_ratio(values: Float[Tensor, "*lead entry"]) -> Float[Tensor, "*lead"]:
+    """(|c|_4 / |c|_2)^4: 1 if one entry is not zero, 1/n if all n are equal.
+
+    >>> inverse_participation_ratio(torch.tensor([[2.0, 2.0, 2.0, 2.0], [0.0, 0.0, 5.0, 0.0]])).tolist()
+    [0.25, 1.0]
+
+    Reference: Gromov (2023), "Grokking modular arithmetic", of the Fourier transform of each neuron's weights; Doshi et
+    al. (2024), "To grok or not to grok", equation 3, with r = 2.
+    """
+    squares = values.square()
+    return squares.square().sum(-1) / squares.sum(-1).square()
