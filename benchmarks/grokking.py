@@ -122,7 +122,12 @@ def analysed_seed(given: tuple[int, list[Job]]) -> dict[str, Any]:
 
 def tables_of(study: GrokkingStudy) -> dict[str, Any]:
     """The tables of a study's parts."""
-    parts = {"grokking": study.grokking, "phases": study.phases, "norms": study.norms, "regions": study.regions}
+    parts: dict[str, Any] = {
+        "grokking": study.grokking,
+        "phases": study.phases,
+        "norms": study.norms,
+        "regions": study.regions,
+    }
     parts |= {"regions halfway": study.halfway, "neurons": study.circuit.neurons, "key frequencies": study.circuit.keys}
     tables = {name: part.table(None) for name, part in parts.items() if part is not None}
     return {name: {"columns": list(table.columns), "rows": plain(table.rows)} for name, table in tables.items()}

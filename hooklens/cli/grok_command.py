@@ -48,10 +48,14 @@ class GrokOptions:
 
 @command
 def grok(
-    run: Annotated[Path | None, typer.Option(help="Analyse the finished or stopped run in this folder instead.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Analyse the finished or stopped run in this folder instead.")
+    ] = None,
     model: Annotated[Path | None, typer.Option("--model", "-m", help="Analyse this checkpoint instead.")] = None,
     runs: Annotated[Path | None, typer.Option(help=_RUNS)] = None,
-    controls: Annotated[bool, typer.Option("--controls", help="Also train the two controls: three times as long.")] = False,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Also train the two controls: three times as long.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; by default cpu.")] = None,
     out: Annotated[Path, typer.Option(help="The report; its numbers go beside it as .json.")] = Path("grokking.html"),
     as_json: AsJson = False,
@@ -87,13 +91,16 @@ def _only_one(run: Path | None, model: Path | None) -> None:
 
 def _analysed(run: Path | None, model: Path | None, options: GrokOptions, device: Any) -> "GrokkingStudy":
     """The study of a run that is there, or of one model."""
+    from hooklens.data.modular import modular_arithmetic
     from hooklens.plugins.algorithmic.fourier.progress_measures import task_of
     from hooklens.pretrained.loading import load
     from hooklens.studies.grokking_study import study_grokked_model, study_grokking
     from hooklens.training.training_run import open_run
 
     if run is None:
-        return study_grokked_model(load(str(model), device=device), options.recipe(options.seed).load_data())
+        asked = options.recipe(options.seed).data
+        data = modular_arithmetic(asked["p"], fraction=asked["fraction"], seed=asked["seed"])
+        return study_grokked_model(load(str(model), device=device), data)
     opened = open_run(run)
     trained_on = task_of(opened).p
     if options.p not in (None, trained_on):

@@ -8,12 +8,12 @@ from hooklens.results.result import Table
 from hooklens.studies.grokking_study import PUBLISHED, GrokkingStudy
 
 _SETTING = (
-    "One layer reads 'a b =' and is trained on a part of the table of a + b modulo p; the other pairs are held out. A "
+    "One layer reads 'a b =' and is trained on a part of the table of a + b modulo p; other pairs are held out. A "
     "run groks if the held-out accuracy reaches 0.99 at least twice as late as the training accuracy: thresholds of "
     "ours, because the papers name none."
 )
 _PUBLISHED = (
-    "Published: Nanda et al. (2023), one seed of p = 113 with 30 % of the pairs and weight decay 1, after 40,000 steps. "
+    "Published: Nanda et al. (2023), one seed of p = 113, 30 % of the pairs, weight decay 1, after 40,000 steps. "
     "A run that ends soon after it was solved has had less of the cleanup, in which more neurons settle on one "
     "frequency. Key frequencies of other seeds are others: their names do not matter, their number does."
 )
@@ -28,7 +28,7 @@ _TERMS = {
     "variance of the logits explained": "of centred logits, by sum_k alpha_k cos w_k (a + b - c) at key frequencies",
     "restricted loss (nats)": "the loss if only the constant and the key frequencies' (a + b) terms are kept",
     "excluded loss (nats)": "the training loss if only those terms are removed",
-    "drop of the squared norm at grokking": "the share of the sum of squared weights lost between the start of the rise "
+    "drop of the squared norm at grokking": "the share of the sum of squares lost between the start of the rise "
     "and generalisation",
     "weakest region": "of the table, by accuracy on unseen pairs",
 }
@@ -86,7 +86,9 @@ def grokking_report(studies: Sequence[GrokkingStudy]) -> Any:
     first = studies[0]
     seeds = ", ".join(str(study.seed) for study in studies)
     report = Report(f"Grokking addition modulo {first.modulus}").text(_SETTING)
-    report.numbers({"p": first.modulus, "trained on": f"{first.fraction:.0%}", "seeds": seeds, "verdict": _verdicts(studies)})
+    report.numbers(
+        {"p": first.modulus, "trained on": f"{first.fraction:.0%}", "seeds": seeds, "verdict": _verdicts(studies)}
+    )
     for sentence in together(studies):
         report.text(sentence)
     if len(studies) == 1:
@@ -107,7 +109,9 @@ def _parts(report: Any, study: GrokkingStudy) -> None:
     """The pictures and tables of one study."""
     circuit = study.circuit
     if study.grokking is not None:
-        report.figure(study.grokking.figure(), "The grokking gap: the training pairs are learnt long before the others.")
+        report.figure(
+            study.grokking.figure(), "The grokking gap: the training pairs are learnt long before the others."
+        )
     if study.progress is not None:
         report.figure(
             study.progress.figure(),
@@ -121,7 +125,9 @@ def _parts(report: Any, study: GrokkingStudy) -> None:
     report.figure(circuit.spectrum.figure(), "Few large components: numbers are embedded as waves of few frequencies.")
     report.figure(circuit.neurons.figure())
     report.table(circuit.neurons.table(), "", circuit.neurons.terms)
-    report.figure(circuit.keys.figure(), "Every published rule for key frequencies, under its name; x marks those named.")
+    report.figure(
+        circuit.keys.figure(), "Every published rule for key frequencies, under its name; x marks those named."
+    )
     report.figure(circuit.formula.figure())
     shown = {
         "The numbers on the plane of each key frequency, and on principal components.": circuit.circles,
@@ -133,7 +139,9 @@ def _parts(report: Any, study: GrokkingStudy) -> None:
     for caption, part in shown.items():
         if part is not None:
             report.figure(part.figure(), caption)
-    caption = "All unseen pairs, after the last step. Intervals as if pairs were independent, which those of a model are not."
+    caption = (
+        "All unseen pairs, after the last step. Intervals as if pairs were independent, which those of a model are not."
+    )
     report.table(study.regions.table(), caption, study.regions.terms)
     if study.halfway is not None:
         accuracy = float(study.halfway.accuracy[0])

@@ -44,13 +44,14 @@ def check_recipe(folder: Path, recipe: Recipe) -> None:
     kept = read_recipe(folder / RECIPE)
     if kept.data.get("p") != recipe.data.get("p"):
         raise InputError(
-            f"the run in {str(folder)!r} was trained on p = {kept.data.get('p')}, and p = {recipe.data.get('p')} is asked "
-            "for; give that p, or another folder"
+            f"the run in {str(folder)!r} was trained on p = {kept.data.get('p')}, and p = {recipe.data.get('p')} is "
+            "asked for; give that p, or another folder"
         )
     more = {"steps": max(recipe.training["steps"], kept.training["steps"])}
     if differences := kept.changed(training=more).differences(recipe):
         raise InputError(
-            f"the run in {str(folder)!r} has other settings: {'; '.join(differences[:3])}; give these, or another folder"
+            f"the run in {str(folder)!r} has other settings: {'; '.join(differences[:3])}; give these, or "
+            "another folder"
         )
 
 

@@ -296,8 +296,8 @@ def _circuit_sentence(circuit: CircuitReadings) -> str:
         return "No frequency explains 85 % of the variance of any neuron: this model has no Fourier circuit."
     return (
         f"Key frequencies by the neuron rule: {used}; {n} of {total} neurons ({n / total:.0%}) are explained above "
-        f"85 % by one frequency, and sum_k alpha_k cos w_k (a + b - c) explains {circuit.formula.explained_centred:.1%} "
-        f"of the variance of the centred logits. Restricted loss {circuit.restricted:.3g} nats and excluded loss "
+        f"85 % by one frequency. sum_k alpha_k cos w_k (a + b - c) explains {circuit.formula.explained_centred:.1%} of "
+        f"the variance of the centred logits. Restricted loss {circuit.restricted:.3g} nats and excluded loss "
         f"{circuit.excluded:.3g}, against a loss of {circuit.loss:.3g} on all pairs and ln p = {circuit.chance:.3g}."
     )
 

@@ -1,4 +1,4 @@
-"""Does more weight decay give a more parsimonious circuit? Runs over weight decays and seeds, each with its measures."""
+"""Does more weight decay give a more parsimonious circuit? Runs over weight decays and seeds, and their measures."""
 
 import os
 from collections.abc import Sequence

@@ -54,7 +54,7 @@ _OF_TASK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "batch": 20_000,
             "clip": None,
             "evaluate": 400,
-            "checkpoints": 80,
+            "checkpoints": 60,
             "optimizer": {"part": "adamw", "lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 1.0},
             "schedule": {"part": "constant", "warmup": 10},
             "loss": {"part": "cross_entropy", "double": True},

@@ -190,7 +190,9 @@ def _share_with(tail: float, k: int, n: int) -> float:
     low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
         share = (low + high) / 2
-        logs = ways + torch.xlogy(counts, counts.new_tensor(share)) + torch.xlogy(n - counts, counts.new_tensor(1 - share))
+        logs = (
+            ways + torch.xlogy(counts, counts.new_tensor(share)) + torch.xlogy(n - counts, counts.new_tensor(1 - share))
+        )
         low, high = (share, high) if float(logs.logsumexp(0).exp()) < tail else (low, share)
     return (low + high) / 2
 
