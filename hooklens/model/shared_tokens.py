@@ -95,8 +95,18 @@ class _Distinct(Context):
 
 
 def _rows_of(table: Table, places: Places) -> Float[Tensor, "batch pos *rest"]:
-    """The rows of a table; its gradient is added up row by row, in their order."""
-    return table.index_select(0, places.flatten()).unflatten(0, places.shape)
+    """The rows of a table."""
+    if table.is_cuda:
+        return table[places]
+    return table.index_select(0, places.flatten()).unflatten(0, places.shape)  # its gradient needs no sorted places
+
+
+def _add_rows(total: Table, places: Int[Tensor, "batch"], rows: Float[Tensor, "batch *rest"]) -> None:
+    """Add rows to those of a table, in an order that is the same in every run."""
+    if total.is_cuda:
+        total.index_put_((places,), rows, accumulate=True)
+    else:
+        total.index_add_(0, places, rows)
 
 
 class _Weighted(torch.autograd.Function):
@@ -122,5 +132,5 @@ class _Weighted(torch.autograd.Function):
         of_weights, of_table = torch.empty_like(weights), torch.zeros_like(table)
         for i in range(places.shape[1]):
             of_weights[:, :, i] = (table[places[:, i]] * grad).sum(-1)
-            of_table.index_add_(0, places[:, i], grad * weights[:, :, i, None])
+            _add_rows(of_table, places[:, i], grad * weights[:, :, i, None])
         return of_weights, of_table, None
