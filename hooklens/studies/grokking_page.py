@@ -22,7 +22,8 @@ _TERMS = {
     "memorised at step": "training accuracy at least 0.99",
     "memorisation ends": "the smallest excluded loss",
     "cleanup begins": "the last checkpoint with at least 0.9 of the largest held-out loss",
-    "rise begins": "the last evaluation with a held-out accuracy below 0.25",
+    "rise begins": "the last evaluation with a held-out accuracy below a quarter of the way from that at memorisation "
+    "to 0.99",
     "generalised at step": "held-out accuracy at least 0.99",
     "key frequencies": "those of which the terms explain over 85 % of the variance of at least one neuron",
     "variance of the logits explained": "of centred logits, by sum_k alpha_k cos w_k (a + b - c) at key frequencies",
@@ -129,13 +130,15 @@ def _parts(report: Any, study: GrokkingStudy) -> None:
         circuit.keys.figure(), "Every published rule for key frequencies, under its name; x marks those named."
     )
     report.figure(circuit.formula.figure())
-    shown = {
+    shown: dict[str, Any] = {
         "The numbers on the plane of each key frequency, and on principal components.": circuit.circles,
         "Neurons whose weights to the logits are waves read cos and sin of w (a + b).": circuit.directions,
         "The loss when the logits lose one frequency.": circuit.logit_ablation,
         "The loss when the neurons lose one frequency, and the rest of the model runs on.": circuit.neuron_ablation,
         "How few frequencies are as good as the model.": circuit.smallest,
     }
+    shown["The two-dimensional spectrum of all logits: a + b alone is on the diagonal blocks."] = circuit.plane
+    shown["What single neurons are worth when they are patched from one pair into another."] = circuit.patching
     for caption, part in shown.items():
         if part is not None:
             report.figure(part.figure(), caption)

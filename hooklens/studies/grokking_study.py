@@ -18,7 +18,9 @@ from hooklens.plugins.algorithmic.fourier.frequency_sets import SmallestSet, fin
 from hooklens.plugins.algorithmic.fourier.key_frequencies import KeyFrequencies, find_key_frequencies
 from hooklens.plugins.algorithmic.fourier.logit_formula import LogitFormula, fit_logit_formula
 from hooklens.plugins.algorithmic.fourier.neuron_frequencies import NeuronFrequencies, classify_neurons
+from hooklens.plugins.algorithmic.fourier.neuron_patching import NeuronPatching, patch_neurons, random_pairs
 from hooklens.plugins.algorithmic.fourier.pair_table import run_pairs
+from hooklens.plugins.algorithmic.fourier.plane_spectrum import PlaneSpectrum, measure_plane_spectrum
 from hooklens.plugins.algorithmic.fourier.progress_measures import (
     Progress,
     excluded_loss,
@@ -47,6 +49,7 @@ _TERMS = {
     "value": "here",
     "published": "the number of Nanda et al. (2023) for their run, where there is one",
 }
+_PATCHED = 8  # pairs of which every neuron is patched
 #: Of the paper's run: p = 113, 30 % of the pairs, weight decay 1, one seed, 40,000 steps.
 PUBLISHED: Mapping[str, str] = {
     "memorisation ends": "about 1,400",
@@ -63,8 +66,7 @@ class CircuitReadings(Result):
     """What the Fourier analysis finds in one model, over all pairs of its table.
 
     `loss` is that on all pairs, `chance` ln p. `restricted` and `excluded` are losses at the key frequencies, None if
-    there is no key frequency. All are in nats. `smallest`, `circles`, `directions` and the ablations are None without
-    key frequencies, too.
+    there is no key frequency. All are in nats. The parts that read key frequencies are None without one, too.
     """
 
     keys: KeyFrequencies
@@ -80,6 +82,8 @@ class CircuitReadings(Result):
     directions: SumDirections | None = None
     logit_ablation: FrequencyAblation | None = None
     neuron_ablation: FrequencyAblation | None = None
+    plane: PlaneSpectrum | None = None
+    patching: NeuronPatching | None = None
 
     @property
     def frequencies(self) -> list[int]:
@@ -164,6 +168,7 @@ class GrokkingStudy(Result):
         """What the numbers say, as sentences."""
         said = [] if self.grokking is None else [self.grokking.statement]
         said.append(_circuit_sentence(self.circuit))
+        said += _causal_sentences(self.circuit)
         if self.norms is not None:
             said.append(self.norms.statement)
         said.append(f"Generalisation: {self.regions.statement}")
@@ -254,6 +259,8 @@ def read_circuit(model: HookedTransformer, data: Modular) -> CircuitReadings:
         directions=read_sum_directions(model, data, frequencies=used, table=pairs),
         logit_ablation=ablate_logit_frequencies(pairs),
         neuron_ablation=ablate_neuron_frequencies(model, data),
+        plane=measure_plane_spectrum(pairs, site="logits"),
+        patching=patch_neurons(model, data, *random_pairs(data.p, _PATCHED), neurons=neurons),
     )
 
 
@@ -300,6 +307,28 @@ def _circuit_sentence(circuit: CircuitReadings) -> str:
         f"the variance of the centred logits. Restricted loss {circuit.restricted:.3g} nats and excluded loss "
         f"{circuit.excluded:.3g}, against a loss of {circuit.loss:.3g} on all pairs and ln p = {circuit.chance:.3g}."
     )
+
+
+def _causal_sentences(circuit: CircuitReadings) -> list[str]:
+    """What interventions on frequencies and neurons do."""
+    said = []
+    if circuit.neuron_ablation is not None:
+        ablation = circuit.neuron_ablation
+        losses = dict(zip(ablation.frequencies.tolist(), ablation.losses.tolist(), strict=True))
+        keys = [losses[k] for k in circuit.frequencies]
+        others = [loss for k, loss in losses.items() if k not in circuit.frequencies]
+        rest = f", one of the other {len(others)} to at most {max(others):.3g}" if others else ""
+        said.append(
+            f"Removing one key frequency from the neurons takes the loss on all pairs from {circuit.loss:.3g} to "
+            f"{min(keys):.3g} or more{rest}."
+        )
+    if circuit.patching is not None:
+        patching = circuit.patching
+        said.append(
+            f"Neurons patched one at a time restore {patching.total / patching.gap:.0%} of the difference between two "
+            "pairs; the rest goes past the MLP, or is not additive."
+        )
+    return said
 
 
 def _cell(value: Any) -> Any:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 BOUND = 0.99  # accuracy from which a set counts as learnt
 DELAY = 2.0  # generalisation comes at least so many times later than memorisation
-_RISES = 0.25  # held-out accuracy below which the rise has not begun
+_RISES = 0.25  # of the way from the held-out accuracy at memorisation to the bound: below it the rise has not begun
 
 Curve = Float[Tensor, "evaluation"]
 
@@ -50,10 +50,17 @@ class GrokkingStep(Result):
 
     @property
     def rise_at(self) -> int | None:
-        """The last evaluation before generalisation with a held-out accuracy below 0.25: where the rise begins."""
+        """Where the rise begins: the last evaluation before generalisation at which little of the way was made.
+
+        That is, with a held-out accuracy below a quarter of the way from that at memorisation to the bound. A model
+        that memorises may answer many unseen pairs, such as those whose partner (b, a) it was trained on.
+        """
         if self.generalised_at is None:
             return None
-        before = (self.steps < self.generalised_at) & (self.held_out_accuracy < _RISES)
+        memorised = self.steps >= (self.memorised_at or 0)
+        start = float(self.held_out_accuracy[memorised][0])
+        low = self.held_out_accuracy < start + _RISES * (self.bound - start)
+        before = (self.steps < self.generalised_at) & low
         return int(self.steps[before].max()) if bool(before.any()) else int(self.steps[0])
 
     @property

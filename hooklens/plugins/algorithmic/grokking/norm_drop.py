@@ -98,7 +98,7 @@ class NormDrops(Result):
         curves = zip(self.steps, self.squares, strict=True)
         return torch.tensor([float(np.interp(step, at.numpy(), squares.numpy())) for at, squares in curves])
 
-    def _split(self) -> tuple[Float[Tensor, "run"], Float[Tensor, "run"]]:
+    def _split(self) -> tuple[Float[Tensor, "grokking_run"], Float[Tensor, "control_run"]]:
         """The drops of grokking runs, and those of controls (0 where there is none)."""
         is_grokking = torch.tensor([kind == GROKKING for kind in self.kinds])
         controls = self.drop[~is_grokking]
