@@ -98,15 +98,21 @@ def frequency_power_2d(values: Table) -> Float[Tensor, "frequency *rest"]:
 
 
 def keep_single_frequencies(values: Table, frequencies: Iterable[int]) -> Table:
-    """The part of a function of (a, b) in the eight terms of each of these frequencies; see `frequency_power_2d`."""
-    of = component_frequencies(len(values)).to(values.device)
-    kept = torch.zeros(len(of), len(of), dtype=torch.bool, device=values.device)
+    """The part of a function of (a, b) in the eight terms of each of these frequencies; see `frequency_power_2d`.
+
+    >>> wave = torch.cos(2 * torch.pi / 7 * 3 * sums(7).double())
+    >>> bool(torch.allclose(keep_single_frequencies(1 + wave, [3]), wave))
+    True
+    """
+    basis, kept = _basis_for(values, 0), torch.zeros_like(values)
     for k in frequencies:
-        single = (of == k) | (of == 0)
-        kept |= single[:, None] & single
-    kept[0, 0] = False
-    coefficients = transform_2d(values)
-    return inverse_2d(coefficients * kept.reshape(*kept.shape, *[1] * (values.ndim - 2)).to(values.dtype))
+        rows = torch.cat([basis[:1], basis[2 * k - 1 : 2 * k + 1]])
+        by_a = torch.tensordot(rows, values, dims=1)
+        terms = torch.tensordot(rows, by_a, dims=([1], [1])).movedim(0, 1)
+        terms[0, 0] = 0.0
+        by_a = torch.tensordot(rows.T, terms, dims=1)
+        kept += torch.tensordot(rows.T, by_a, dims=([1], [1])).movedim(0, 1)
+    return kept
 
 
 def sums(p: int) -> Int[Tensor, "a b"]:
@@ -162,7 +168,8 @@ def checked_frequencies(frequencies: Any, p: int) -> list[int]:
     hooklens.core.errors.ArgumentError: frequencies are whole numbers from 1 to p // 2 = 3 for p = 7, got [9, 2, 2]
     """
     given = [f.item() if isinstance(f, Tensor) and f.ndim == 0 else f for f in several("frequencies", frequencies)]
-    if not all(isinstance(f, Integral) and not isinstance(f, bool) and 1 <= f <= p // 2 for f in given):
+    whole_numbers = all(isinstance(f, Integral) and not isinstance(f, bool) for f in given)
+    if not whole_numbers or not all(1 <= f <= p // 2 for f in given):
         raise ArgumentError(
             "{frequencies} are whole numbers from 1 to p // 2 = {0} for p = {1}, got {2}", p // 2, p, f"{given!r:.80}"
         )

@@ -83,8 +83,11 @@ class Circles(Result):
             figure = scatter(
                 points[:, 0], points[:, 1], range(self.modulus), title, colour=order, colourbar="k n mod p"
             )
-            drawn.append(figure.update_yaxes(scaleanchor="x", scaleratio=1))
-        return drawn[0] if len(drawn) == 1 else panels(drawn)
+            drawn.append(figure.update_layout(showlegend=False))
+        stacked = panels(drawn)
+        for i, axis in enumerate(stacked.select_yaxes()):
+            axis.update(scaleanchor=f"x{i + 1}" if i else "x")  # a circle is drawn round
+        return stacked
 
     def _drawn(self, frequencies: Tensor, points: Tensor, variance: str) -> zip:
         return zip(frequencies.tolist(), points, getattr(self, variance).tolist(), strict=True)
@@ -116,25 +119,28 @@ def project_embedding(
             f"give frequencies from 1 to {(p - 1) // 2}"
         )
     rows = embedding_rows_of(model, p)
-    centred = rows - rows.mean(0)
-    n_components = 2 * (min(whole("n_components", n_components, 0), *rows.shape) // 2)
+    centred, total = rows - rows.mean(0), (rows - rows.mean(0)).square().sum()
     planes = [_plane(centred, k) for k in chosen]
-    left, singular, _ = torch.linalg.svd(centred, full_matrices=False)
-    scores = (left * singular)[:, :n_components].unflatten(1, (-1, 2)).movedim(1, 0)
-    powers = frequency_power(scores.movedim(0, 1)).sum(-1).T  # pair frequency
-    squares = scores.square().sum((1, 2))
+    components = _components(centred, whole("n_components", n_components, 2))
+    powers, squares = frequency_power(components.movedim(0, 1)).sum(-1).T, components.square().sum((1, 2))
     return Circles(
         modulus=p,
         frequencies=torch.tensor(chosen),
         planes=torch.stack([points for points, _, _ in planes]),
-        variance=torch.stack([points.square().sum() for points, _, _ in planes]) / centred.square().sum(),
+        variance=torch.stack([points.square().sum() for points, _, _ in planes]) / total,
         pure=torch.stack([pure for _, pure, _ in planes]),
         roundness=torch.stack([roundness for _, _, roundness in planes]),
-        components=scores,
-        component_variance=squares / centred.square().sum(),
+        components=components,
+        component_variance=squares / total,
         component_frequency=powers.argmax(1) + 1,
         component_pure=powers.amax(1) / squares,
     )
+
+
+def _components(centred: Float[Tensor, "p d_model"], n: int) -> Float[Tensor, "pair p 2"]:
+    """The rows on the first principal components, in pairs."""
+    left, singular, _ = torch.linalg.svd(centred, full_matrices=False)
+    return (left * singular)[:, : 2 * (min(n, len(singular)) // 2)].unflatten(1, (-1, 2)).movedim(1, 0)
 
 
 def _plane(centred: Float[Tensor, "p d_model"], k: int) -> tuple[Tensor, Tensor, Tensor]:

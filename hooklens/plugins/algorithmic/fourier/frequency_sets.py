@@ -30,7 +30,8 @@ class SmallestSet(Result):
 
     `greedy` adds in each step the frequency that lowers the restricted loss most; `path` is the loss after 0, 1, 2, ...
     of them. `exact` is the best set of the smallest size at which any set is good enough, among all sets; None if sizes
-    below that of `greedy` could not all be tried. `reached` is False if not even all frequencies are good enough.
+    below that of `greedy` could not all be tried. All frequencies are always good enough: with them the logits are the
+    mean over the pairs of each sum, and the cross-entropy is convex.
     """
 
     baselines = ("base",)
@@ -41,7 +42,6 @@ class SmallestSet(Result):
     tolerance: float
     greedy: Int[Tensor, "step"]
     path: Float[Tensor, "size"]
-    reached: bool
     exact: Int[Tensor, "used"] | None
     exact_loss: float
 
@@ -51,9 +51,9 @@ class SmallestSet(Result):
         return sorted((self.greedy if self.exact is None else self.exact).tolist())
 
     @property
-    def size(self) -> int | None:
-        """The number of frequencies in it; None if no set is good enough."""
-        return len(self.frequencies) if self.reached else None
+    def size(self) -> int:
+        """The number of frequencies in it."""
+        return len(self.frequencies)
 
     @property
     def is_exact(self) -> bool:
@@ -62,7 +62,8 @@ class SmallestSet(Result):
 
     def table(self, n: int | None = None) -> Table:
         """The greedy path, and whether a frequency is in the exact set."""
-        exact, rows = self.exact, [("none", float(self.path[0]), None, 1)]
+        exact = self.exact
+        rows: list[tuple] = [("none", float(self.path[0]), None, 1)]
         for i, k in enumerate(self.greedy.tolist()):
             used = None if exact is None else ("no", "yes")[k in exact.tolist()]
             rows.append(
@@ -98,7 +99,7 @@ def find_smallest_set(
     """
     tolerance, most = real("tolerance", tolerance, 0.0), whole("most", most, 0)
     table = as_table(model, data, layer=None)
-    if table.loss >= table.chance:
+    if table.loss >= table.chance * (1 - 1e-9):  # equal to ln p but for rounding
         raise InputError(
             f"the loss on all pairs is {table.loss:.4g} nats, not below ln p = {table.chance:.4g}: the model does not "
             "generalise, and a constant is as good; use a model that grokked"
@@ -107,15 +108,13 @@ def find_smallest_set(
     rounding = 64 * torch.finfo(torch.float64).eps * float(table.logits.abs().max())
     goal = table.loss * (1 + tolerance) + rounding
     greedy, path = _greedy(terms, goal)
-    reached = path[-1] <= goal
-    exact = _exact(terms, goal, len(greedy), most) if reached else None
+    exact = _exact(terms, goal, len(greedy), most)
     return SmallestSet(
         modulus=table.modulus,
         base=table.loss,
         tolerance=tolerance,
         greedy=torch.tensor(greedy, dtype=torch.long),
         path=torch.tensor(path, dtype=torch.float64),
-        reached=reached,
         exact=None if exact is None else torch.tensor(exact[0], dtype=torch.long),
         exact_loss=float("nan") if exact is None else exact[1],
     )

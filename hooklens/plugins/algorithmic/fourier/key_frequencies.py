@@ -32,8 +32,9 @@ GAP = 2.0  # ours: the smallest ratio of two neighbouring norms that separates k
 #: The rules, in the order in which `keys` prefers them.
 RULES = {
     "neurons": (
-        "Nanda et al. (2023), section 4.2: frequencies whose eight terms explain more than 85 % of the variance of at "
-        "least one neuron (score: the number of such neurons)"
+        "Nanda et al. (2023), section 4.3: frequencies whose eight terms explain more than 85 % of the variance of at "
+        "least one neuron (score: the number of such neurons). The authors' notebook lists the frequency that explains "
+        "most of each neuron, also below 85 %"
     ),
     "logit similarity": (
         "Chughtai et al. (2023), section 5.1: frequencies for which the cosine between centred logits and "
@@ -64,6 +65,8 @@ class KeyFrequencies(Result):
     `sources` says for each rule where it is published, with its equation. Rules that need neurons or weights are absent
     where these are.
     """
+
+    baselines = ("answers",)
 
     modulus: int
     by_rule: dict[str, list[int]]
@@ -101,7 +104,7 @@ class KeyFrequencies(Result):
         from hooklens.viz.figures import heatmap
 
         shares = torch.stack([score / score.abs().max().clamp_min(1e-300) for score in self.scores.values()])
-        marks = [["x" if k + 1 in keys else "" for k in range(self.modulus // 2)] for keys in self.by_rule.values()]
+        marks = [["x" if k + 1 in keys else "·" for k in range(self.modulus // 2)] for keys in self.by_rule.values()]
         title = f"Key frequencies modulo {self.modulus}: " + (
             ", ".join(map(str, self.keys)) or "none by the first rule"
         )

@@ -19,7 +19,7 @@ from hooklens.plugins.algorithmic.fourier.pair_table import PairTable, Task, as_
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
 
-THRESHOLD = 0.85  # of a neuron's variance: Nanda et al. (2023), section 4.2
+THRESHOLD = 0.85  # of a neuron's variance: Nanda et al. (2023), section 4.3
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +114,7 @@ def explain_by_frequency(post: Float[Tensor, "a b neuron"]) -> Float[Tensor, "ne
     >>> explain_by_frequency(5 + wave[:, :, None]).round(decimals=6).tolist()
     [[0.0, 1.0, 0.0]]
 
-    Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 4.2 and
+    Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 4.3 and
     the authors' notebook: activations are centred, and compared with constant, linear and quadratic terms.
     """
     centred = post - post.mean((0, 1))
@@ -146,7 +146,7 @@ def classify_neurons(
     >>> neurons.spectrum.shape, neurons.keys()            # an untrained model
     (torch.Size([32, 6]), [])
 
-    Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 4.2.
+    Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 4.3.
     """
     post = need_neurons(as_table(model, data, layer=layer))
     return NeuronFrequencies(

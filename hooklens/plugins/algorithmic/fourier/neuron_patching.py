@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.arguments import whole
+from hooklens.core.arguments import seeded, whole
 from hooklens.core.errors import InputError
 from hooklens.core.names import site as site_of
 from hooklens.metrics import logit_diff
@@ -114,7 +114,7 @@ def patch_neurons(
     prompts = pair_prompts(model, p).view(p, p, -1)
     runs = [prompts[pairs[:, 0], pairs[:, 1]] for pairs in (clean, corrupted)]
     metric = logit_diff(model, answer=answers, wrong_answer=others)
-    sweep: PatchSweep = patch(model, *runs, metric, site=site_of("post", layer), by="layer x neuron")
+    sweep: PatchSweep = patch(model, runs[0], runs[1], metric, site=site_of("post", layer), by="layer x neuron")
     return NeuronPatching(
         modulus=p,
         effects=sweep.effect[0].double(),
@@ -132,8 +132,6 @@ def random_pairs(p: int, n: int, *, seed: int = 0) -> tuple[Pairs, Pairs]:
     >>> bool((clean[:, 0] == corrupted[:, 0]).all()), bool((clean[:, 1] != corrupted[:, 1]).all())
     (True, True)
     """
-    from hooklens.core.arguments import seeded
-
     generator = seeded(seed)
     clean = torch.randint(whole("p", p, 2), (whole("n", n, 1), 2), generator=generator)
     shift = torch.randint(1, p, (n,), generator=generator)

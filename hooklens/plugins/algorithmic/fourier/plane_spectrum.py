@@ -49,8 +49,16 @@ class PlaneSpectrum(Result):
         from hooklens.viz.figures import heatmap
 
         names, title = component_names(len(self.norms)), f"2-D Fourier components of the {_SITES[self.site]}"
-        axes = {"x": names, "y": names, "x_title": "component of b", "y_title": "component of a"}
-        return heatmap(self.norms, title=title, colourbar="norm", diverging=False, **axes)
+        return heatmap(
+            self.norms,
+            x=names,
+            y=names,
+            title=title,
+            x_title="component of b",
+            y_title="component of a",
+            colourbar="norm",
+            diverging=False,
+        )
 
 
 _SITES = {"post": "neurons", "logits": "logits"}

@@ -173,6 +173,7 @@ def measure_progress(run: Run | str | os.PathLike, *, frequencies: Sequence[int]
     kept = run.checkpoints()
     if frequencies is None:
         frequencies = need_keys(find_key_frequencies(kept[-1].load(), data).keys, f"after {kept[-1].step} steps")
+    frequencies = checked_frequencies(frequencies, data.p)
     with progress("checkpoints", len(kept), unit="checkpoint") as advance:
         rows = []
         for checkpoint in kept:

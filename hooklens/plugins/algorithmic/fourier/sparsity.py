@@ -19,8 +19,8 @@ def gini(values: Float[Tensor, "*lead entry"]) -> Float[Tensor, "*lead"]:
     """
     ordered = values.abs().sort(-1).values
     n = ordered.shape[-1]
-    weight = (n - torch.arange(1, n + 1, device=values.device) + 0.5) / n
-    return 1 - 2 * (ordered / ordered.sum(-1, keepdim=True) * weight.to(values.dtype)).sum(-1)
+    rank = torch.arange(1, n + 1, device=values.device, dtype=values.dtype)
+    return 1 - 2 * (ordered / ordered.sum(-1, keepdim=True) * (n - rank + 0.5) / n).sum(-1)
 
 
 def inverse_participation_ratio(values: Float[Tensor, "*lead entry"]) -> Float[Tensor, "*lead"]:

@@ -12,6 +12,7 @@ from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.algorithmic.fourier.basis import (
     checked_frequencies,
     component_frequencies,
+    component_names,
     fourier_basis,
     mean_by_sum,
     sums,
@@ -110,27 +111,27 @@ def read_sum_directions(
     basis = fourier_basis(p)[rows]
     directions = basis @ W_L.T
     amplitude = torch.where(2 * component_frequencies(p)[rows] == p, p, p / 2).double().sqrt()
-    read = post @ directions.T  # a b wave
-    read = read - read.mean((0, 1))
-    target = (basis * amplitude[:, None])[:, sums(p)].movedim(0, -1)  # waves of amplitude 1
-    coefficient = (read * target).sum((0, 1)) / target.square().sum((0, 1))
-    rest = (read - coefficient * target).square().sum((0, 1)) / read.square().sum((0, 1))
+    coefficient, explained = _fitted(post @ directions.T, basis * amplitude[:, None])
     centred = post - post.mean((0, 1))
-    in_wave = (basis @ mean_by_sum(centred)).square().sum(1) * p
     return SumDirections(
         modulus=p,
-        waves=[_name(int(row)) for row in rows],
+        waves=[component_names(p)[int(row)] for row in rows],
         directions=directions,
         weight_share=directions.square().sum(1) / W_L.square().sum(),
-        explained=1 - rest,
+        explained=explained,
         coefficient=coefficient,
-        activation_share=in_wave / centred.square().sum(),
+        activation_share=(basis @ mean_by_sum(centred)).square().sum(1) * p / centred.square().sum(),
         singular=torch.linalg.svdvals(W_L),
     )
 
 
-def _name(component: int) -> str:
-    return f"{'cos' if component % 2 else 'sin'} {(component + 1) // 2}"
+def _fitted(read: Float[Tensor, "a b wave"], waves: Float[Tensor, "wave p"]) -> tuple[Tensor, Tensor]:
+    """Least squares of what each direction reads on its wave of a + b: the factor, and the variance explained."""
+    target = waves[:, sums(len(read))].movedim(0, -1)
+    read = read - read.mean((0, 1))
+    coefficient = (read * target).sum((0, 1)) / target.square().sum((0, 1))
+    rest = (read - coefficient * target).square().sum((0, 1))
+    return coefficient, 1 - rest / read.square().sum((0, 1))
 
 
 def demo(model: HookedTransformer) -> SumDirections | Needs:

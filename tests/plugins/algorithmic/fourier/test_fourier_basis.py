@@ -1,0 +1,93 @@
+"""The Fourier basis modulo p against torch's transform, for prime, composite, even and the smallest p."""
+
+import pytest
+import torch
+
+from hooklens.core.errors import InputError
+from hooklens.plugins.algorithmic.fourier import (
+    component_names,
+    distinguished,
+    fourier_basis,
+    frequency_power,
+    frequency_power_2d,
+    inverse_2d,
+    keep_frequencies,
+    keep_single_frequencies,
+    mean_by_sum,
+    sums,
+    transform,
+    transform_2d,
+)
+from hooklens.plugins.algorithmic.fourier.basis import checked_frequencies
+
+MODULI = [2, 3, 4, 5, 6, 7, 9, 12, 31]
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("p", MODULI)
+def test_the_basis_is_orthonormal_and_keeps_sums_of_squares(p):
+    basis = fourier_basis(p)
+    assert torch.allclose(basis @ basis.T, torch.eye(p, dtype=torch.float64), atol=1e-13)
+    assert len(component_names(p)) == p
+    values = drawn(p, p, 2)
+    assert torch.allclose(transform_2d(values).square().sum((0, 1)), values.square().sum((0, 1)))
+    assert torch.allclose(inverse_2d(transform_2d(values)), values, atol=1e-12)
+
+
+@pytest.mark.parametrize("p", MODULI)
+def test_power_by_frequency_is_that_of_the_complex_transform(p):
+    values = drawn(p, 3)
+    complex_power = torch.fft.fft(values, dim=0).abs().square() / p
+    for k in range(1, p // 2 + 1):
+        terms = {k, p - k}
+        assert torch.allclose(frequency_power(values)[k - 1], sum(complex_power[i] for i in terms))
+
+
+@pytest.mark.parametrize("p", MODULI)
+def test_power_of_single_frequencies_in_two_dimensions(p):
+    values = drawn(p, p, 2)
+    complex_power = torch.fft.fft2(values, dim=(0, 1)).abs().square() / p**2
+    for k in {1, p // 2}:
+        single = {0, k, p - k}
+        expected = sum(complex_power[i, j] for i in single for j in single if (i, j) != (0, 0))
+        assert torch.allclose(frequency_power_2d(values)[k - 1], expected)
+        kept = keep_single_frequencies(values, [k])
+        assert torch.allclose(kept.square().sum((0, 1)), expected)
+        assert torch.allclose(keep_single_frequencies(kept, [k]), kept, atol=1e-12)
+        assert keep_single_frequencies(values - kept, [k]).abs().max() < 1e-12
+
+
+def test_what_is_kept_of_several_frequencies_is_the_sum():
+    values = drawn(11, 11, 2)
+    both = keep_single_frequencies(values, [2, 5])
+    assert torch.allclose(both, keep_single_frequencies(values, [2]) + keep_single_frequencies(values, [5]))
+
+
+@pytest.mark.parametrize("p", MODULI)
+def test_functions_of_the_sum(p):
+    values = drawn(p, 2)
+    assert torch.allclose(mean_by_sum(values[sums(p)]), values)
+    every = range(1, p // 2 + 1)
+    assert torch.allclose(keep_frequencies(values, every), values - values.mean(0), atol=1e-12)
+    assert keep_frequencies(values, []).abs().max() == 0
+    assert torch.allclose(transform(values)[0], values.sum(0) / p**0.5)
+
+
+@pytest.mark.parametrize(
+    ("p", "frequencies"), [(12, [4]), (12, [4, 3]), (12, [6]), (9, [3]), (7, [2]), (2, [1]), (10, [5, 2])]
+)
+def test_how_many_answers_waves_tell_apart_is_the_number_of_different_values(p, frequencies):
+    rows = [row for k in frequencies for row in fourier_basis(p)[2 * k - 1 : 2 * k + 1]]
+    values = {tuple(round(float(row[n]), 9) + 0.0 for row in rows) for n in range(p)}
+    assert distinguished(p, frequencies) == len(values)
+
+
+@pytest.mark.parametrize("given", [[0], [4], [1.0], [True], [], "1", None])
+def test_frequencies_that_are_none_are_refused(given):
+    with pytest.raises(InputError, match="frequencies"):
+        checked_frequencies(given, 7)
+    assert checked_frequencies(torch.tensor([3, 1, 3]), 7) == [1, 3]
+    assert checked_frequencies(range(1, 3), 7) == [1, 2]

@@ -1,0 +1,227 @@
+"""Logits that are sums of cosines of a + b - c: every measure has a known answer."""
+
+import math
+
+import pytest
+import torch
+from refused import refused
+
+from hooklens.core.errors import InputError, NameNotFound
+from hooklens.data.modular import modular_arithmetic
+from hooklens.plugins.algorithmic.fourier import (
+    ablate_logit_frequencies,
+    classify_neurons,
+    excluded_logits,
+    excluded_loss,
+    find_key_frequencies,
+    find_smallest_set,
+    fit_logit_formula,
+    formula_coefficients,
+    formula_logits,
+    fourier_basis,
+    gini,
+    inverse_participation_ratio,
+    logit_similarity,
+    measure_plane_spectrum,
+    restricted_logits,
+    restricted_loss,
+    sums,
+    tabulate,
+)
+
+EPS = torch.finfo(torch.float64).eps
+SETS = [(5, [2]), (7, [1, 3]), (13, [2, 5, 6]), (31, [3, 14]), (3, [1]), (2, [1]), (9, [2, 4]), (10, [1, 5]), (12, [4])]
+
+
+def trained_half(p, seed=0):
+    trained = torch.rand(p, p, generator=torch.Generator().manual_seed(seed)) < 0.5
+    trained[0, 1] = True
+    return trained
+
+
+@pytest.mark.parametrize(("p", "frequencies"), SETS)
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_restricted_loss_is_the_loss_and_excluded_loss_ln_p(p, frequencies, scale):
+    table = tabulate(formula_logits(p, {k: scale * (1 + 0.1 * k) for k in frequencies}))
+    precision = 100 * EPS * scale * p
+    assert abs(restricted_loss(table.logits, frequencies) - table.loss) < precision
+    assert abs(excluded_loss(table.logits, frequencies, trained_half(p)) - math.log(p)) < precision
+    assert excluded_logits(table.logits, frequencies).abs().max() < precision
+    assert torch.allclose(restricted_logits(table.logits, frequencies), table.logits, atol=precision)
+
+
+@pytest.mark.parametrize(("p", "frequencies"), SETS)
+def test_exactly_the_planted_frequencies_are_found(p, frequencies):
+    planted = {k: 20.0 + k for k in frequencies}
+    table = tabulate(formula_logits(p, planted))
+    assert find_key_frequencies(table).by("logit similarity") == frequencies
+    coefficients = formula_coefficients(table.logits)
+    expected = torch.tensor([planted.get(k, 0.0) for k in range(1, p // 2 + 1)], dtype=torch.float64)
+    assert torch.allclose(coefficients, expected, atol=1e-12 * p)
+    formula = fit_logit_formula(table, frequencies=frequencies)
+    assert abs(formula.explained - 1) < 1e-12 and abs(formula.explained_centred - 1) < 1e-12
+    assert torch.allclose(formula.logits(), table.logits, atol=1e-10)
+    ablation = ablate_logit_frequencies(table)
+    assert {row[0] for row in ablation.top(len(frequencies)).rows} == set(frequencies)
+
+
+@pytest.mark.parametrize(("p", "frequencies"), [s for s in SETS if s[0] not in (12,)])
+def test_each_answer_is_right_where_the_frequencies_tell_all_apart(p, frequencies):
+    assert tabulate(formula_logits(p, dict.fromkeys(frequencies, 100.0))).accuracy == 1
+
+
+def test_of_composite_p_a_frequency_that_shares_a_factor_leaves_answers_tied():
+    table = tabulate(formula_logits(12, {4: 1000.0}))
+    assert abs(table.loss - math.log(4)) < 1e-9  # three answers are told apart, the other factor 4 is not
+    key = find_key_frequencies(table)
+    assert (key.keys, key.answers) == ([4], 3)
+    assert fit_logit_formula(table).table(1).rows[0][-1] == 3
+
+
+def test_similarity_is_the_cosine_of_the_two_cubes():
+    logits = torch.randn(7, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    centred = (logits - logits.mean(-1, keepdim=True)).flatten()
+    for k in (1, 2, 3):
+        cube = formula_logits(7, {k: 1.0}).flatten()
+        cosine = centred @ cube / (centred.norm() * cube.norm())
+        assert abs(float(logit_similarity(logits)[k - 1] - cosine)) < 1e-12
+        slope = logits.flatten() @ cube / (cube @ cube)
+        assert abs(float(formula_coefficients(logits)[k - 1] - slope)) < 1e-12
+
+
+@pytest.mark.parametrize("p", [7, 8])
+def test_the_losses_are_those_of_projections_on_directions_of_pairs(p):
+    """The authors' way: unit vectors over all p^2 pairs, and the constant put back by the mean over pairs."""
+    logits = torch.randn(p, p, p, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    frequencies, trained, answers = [2, p // 2], trained_half(p), sums(p).flatten()
+    flat, kept = logits.flatten(0, 1), torch.zeros(p * p, p, dtype=torch.float64)
+    for k in frequencies:
+        for wave in fourier_basis(p)[2 * k - 1 : 2 * k + 1]:
+            direction = wave[answers] / wave[answers].norm()
+            kept += direction[:, None] * (direction @ flat)
+    restricted = kept + (flat - kept).mean(0)
+    loss = torch.nn.functional.cross_entropy
+    assert abs(restricted_loss(logits, frequencies) - loss(restricted, answers).item()) < 1e-12
+    mask = trained.flatten()
+    expected = loss((flat - kept)[mask], answers[mask]).item()
+    assert abs(excluded_loss(logits, frequencies, trained) - expected) < 1e-12
+
+
+def test_the_smallest_set_leaves_out_what_the_loss_does_not_need():
+    table = tabulate(formula_logits(13, {2: 8.0, 5: 8.0, 6: 0.001}))
+    smallest = find_smallest_set(table)
+    assert smallest.frequencies == [2, 5] and smallest.size == 2 and smallest.is_exact
+    assert smallest.exact_loss <= 1.01 * table.loss + 1e-12
+    assert abs(float(smallest.path[0]) - math.log(13)) < 1e-12
+    greedy = find_smallest_set(table, most=0)
+    assert not greedy.is_exact and greedy.frequencies == [2, 5]
+    assert find_smallest_set(table, tolerance=1e9).size == 0
+
+
+def test_the_exact_set_is_smaller_where_greedy_goes_wrong():
+    """Brute force over all sets of the same logits agrees, and no smaller set is good enough."""
+    from itertools import combinations
+
+    generator = torch.Generator().manual_seed(3)
+    coefficients = {k: float(9 * torch.rand((), generator=generator)) for k in range(1, 7)}
+    table = tabulate(formula_logits(13, coefficients))
+    smallest = find_smallest_set(table, tolerance=2.0)
+    good = [
+        len(chosen)
+        for n in range(7)
+        for chosen in combinations(range(1, 7), n)
+        if (restricted_loss(table.logits, chosen) if n else math.log(13)) <= 3 * table.loss
+    ]
+    assert smallest.is_exact and smallest.size == min(good)
+    assert abs(smallest.exact_loss - restricted_loss(table.logits, smallest.frequencies)) < 1e-12
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_all_frequencies_are_good_enough(seed):
+    """The cross-entropy is convex, so that mean logits of the pairs of a sum have no larger loss."""
+    noise = torch.randn(7, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    table = tabulate(6 * torch.nn.functional.one_hot(sums(7), 7) + 3 * noise)
+    assert restricted_loss(table.logits, [1, 2, 3]) <= table.loss < table.chance
+    assert find_smallest_set(table).size <= 3
+
+
+def test_a_model_that_is_no_better_than_chance_has_no_smallest_set():
+    with refused(InputError, says="does not generalise"):
+        find_smallest_set(tabulate(torch.zeros(7, 7, 7)))
+
+
+@pytest.mark.parametrize(
+    ("logits", "seen"),
+    [
+        (torch.zeros(7, 7), r"\[7, 7\]"),
+        (torch.zeros(7, 7, 8), r"\[7, 7, 8\]"),
+        (torch.zeros(1, 1, 1), r"\[1, 1, 1\]"),
+        ([1], "list"),
+    ],
+)
+def test_a_table_of_another_shape_is_refused(logits, seen):
+    with refused(InputError, says=seen):
+        tabulate(logits)
+
+
+def test_what_a_table_lacks_is_said():
+    table = tabulate(torch.zeros(5, 5, 5))
+    with refused(InputError, says="no neurons"):
+        classify_neurons(table)
+    with refused(InputError, says="same p = 5"):
+        tabulate(torch.zeros(5, 5, 5), post=torch.zeros(4, 4, 2))
+    with refused(InputError, says="not finite"):
+        tabulate(torch.full((5, 5, 5), math.nan))
+    with refused(InputError, says="at least one"):
+        excluded_loss(table.logits, [1], torch.zeros(5, 5, dtype=torch.bool))
+    with refused(InputError, says="1 to p // 2 = 2"):
+        restricted_loss(table.logits, [3])
+    with refused(NameNotFound, says="logit similarity"):
+        find_key_frequencies(table).by("logits similarity")
+    assert math.isnan(table.mean_over(table.losses, table.held_out)) and len(table.table()) == 1
+
+
+def test_losses_of_a_table_by_training_pairs():
+    data = modular_arithmetic(p=5, fraction=0.4)
+    trained = torch.zeros(5, 5, dtype=torch.bool)
+    trained[tuple(data.pairs[0].T)] = True
+    logits = torch.where(trained[:, :, None], formula_logits(5, {1: 50.0, 2: 50.0}), 0.0)
+    table = tabulate(logits, trained=trained)
+    rows = {row[0]: row[1:] for row in table.table().rows}
+    assert rows["trained"][0] == 10 and rows["trained"][2] == 1 and rows["held out"][0] == 15
+    assert abs(rows["held out"][1] - math.log(5)) < 1e-12 and rows["trained"][1] < 1e-12
+
+
+def test_neurons_of_planted_waves():
+    p, n = 11, torch.arange(11).double()
+    w = 2 * math.pi / p
+    of_sum, one_sided = torch.cos(w * 3 * sums(p)), torch.cos(w * 2 * n)[:, None].expand(p, p)
+    product = torch.cos(w * 4 * n)[:, None] * torch.sin(w * 4 * n)
+    mixed = torch.cos(w * 5 * n)[:, None] + 0.5 * torch.cos(w * n)  # 80 % and 20 % of the variance
+    post = torch.stack([5 + of_sum, one_sided, product, mixed, torch.full((p, p), 3.3).double()], -1)
+    neurons = classify_neurons(tabulate(torch.zeros(p, p, p), post=post))
+    assert neurons.frequency.tolist() == [3, 2, 4, 5, 0]
+    assert torch.allclose(neurons.explained, torch.tensor([1, 1, 1, 0.8, 0]).double())
+    assert neurons.keys() == [2, 3, 4] and neurons.n_explained == 3 and neurons.share_explained == 0.6
+    assert torch.allclose(neurons.sum_spectrum[[0, 1, 2], [2, 1, 3]], torch.tensor([1, 0, 0.5]).double(), atol=1e-12)
+
+
+def test_the_plane_spectrum_of_a_product():
+    p, n = 7, torch.arange(7).double()
+    post = 2 + torch.cos(2 * math.pi / p * 2 * n)[:, None] * torch.sin(2 * math.pi / p * 3 * n)
+    spectrum = measure_plane_spectrum(tabulate(torch.zeros(p, p, p), post=post[:, :, None]))
+    (row,) = spectrum.top(1).rows
+    assert row[:2] == ("cos 2", "sin 3") and abs(row[2] - p / 2) < 1e-12 and abs(row[3] - 1) < 1e-12
+    with refused(NameNotFound, says="post"):
+        measure_plane_spectrum(tabulate(torch.zeros(p, p, p)), site="pots")
+
+
+def test_sparsity_by_hand():
+    assert (
+        abs(gini(torch.tensor([1.0, 2.0, 3.0])).item() - (1 - 2 * (1 / 6 * 2.5 + 2 / 6 * 1.5 + 3 / 6 * 0.5) / 3)) < 1e-6
+    )
+    values = torch.tensor([0.5, -4.0, 3.0, 1.0]).double()
+    differences = (values.abs()[:, None] - values.abs()).abs().sum() / (2 * 4 * values.abs().sum())
+    assert abs(gini(values) - differences) < 1e-12  # the mean absolute difference form of the same coefficient
+    assert abs(inverse_participation_ratio(values) - (values**4).sum() / (values**2).sum() ** 2) < 1e-12
+    assert gini(7 * values) == gini(values) and gini(torch.zeros(3)).isnan()
