@@ -51,12 +51,20 @@ def test_regions_are_counted_as_by_hand():
     assert int(regions.trained.sum()) == len(trained) and int(regions.correct.sum()) == 7
 
 
-def test_a_model_that_is_right_everywhere_is_said_to_be():
+def test_regions_follow_the_operation():
     data = hl.data.modular_arithmetic(p=5, operation="x", fraction=0.5)
     regions = measure_regions(always(0, 5), data)  # right where a factor is 0
     assert float(regions.accuracy[regions.regions.index("a or b is 0")]) == 1.0
     assert "a + b below p" not in regions.regions and "weakest region" in regions.statement
     assert not any("partner" in name for name in measure_regions(always(0, 5), _minus()).regions)
+
+
+def test_a_perfect_model_has_no_weakest_region():
+    data = hl.data.modular_arithmetic(p=5, fraction=0.5)
+    object.__setattr__(data, "table", torch.full((5, 5), 3))  # a table that this model knows
+    regions = measure_regions(always(3, 5), data)
+    assert regions.weakest is None and "in every region of the table" in regions.statement
+    assert bool((regions.accuracy.nan_to_num(1.0) == 1).all())
 
 
 def _minus():

@@ -55,17 +55,19 @@ class TableRegions(Result):
         return self.n_correct / self.n
 
     @property
-    def weakest(self) -> str:
-        """The region with the lowest accuracy, of those with at least one pair."""
+    def weakest(self) -> str | None:
+        """The region with the lowest accuracy, of those with at least one pair; None if every pair is correct."""
+        if int(self.n_correct[0]) == int(self.n[0]):
+            return None
         return self.regions[int(self.accuracy.nan_to_num(2.0).argmin())]
 
     @property
     def statement(self) -> str:
         """What the accuracies say."""
-        at = self.regions.index(self.weakest)
         seen = f"{self.accuracy[0]:.4f} of {int(self.n[0]):,} unseen pairs are answered correctly"
-        if bool((self.accuracy.nan_to_num(1.0) == 1).all()):
+        if self.weakest is None:
             return f"{seen}, in every region of the table."
+        at = self.regions.index(self.weakest)
         return (
             f"{seen}; the weakest region is {self.weakest!r} with {self.accuracy[at]:.4f} of {int(self.n[at])} "
             f"(95 % {self.low[at]:.4f} to {self.high[at]:.4f}, pairs taken as independent)."
