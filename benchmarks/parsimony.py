@@ -1,4 +1,4 @@
-"""Does more weight decay give a more parsimonious circuit? 4 weight decays, 5 seeds, p = 31; within half an hour.
+"""Does more weight decay give a more parsimonious circuit? 5 weight decays, 5 seeds, p = 31; within half an hour.
 
 Every run trains for all its steps. The same `--keep` folder goes on with a sweep that was stopped.
 Run: python -m benchmarks.parsimony
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from benchmarks.rounds import write
-from hooklens.plugins.algorithmic.grokking import grokking_recipe
+from hooklens.plugins.algorithmic.grokking import fast_recipe
 from hooklens.results.result import plain
 from hooklens.studies.grokking_runs import folder_name, train_recipe
-from hooklens.studies.parsimony_study import FRACTION, STEPS, P, compare_parsimony
+from hooklens.studies.parsimony_study import DECAYS, FRACTION, STEPS, P, compare_parsimony
 from hooklens.training import open_run
 from hooklens.training.run_recipe import Recipe
 
@@ -27,7 +27,7 @@ MINUTES = 30
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--weight-decays", type=float, nargs="+", default=[0.3, 1.0, 3.0, 10.0])
+    options.add_argument("--weight-decays", type=float, nargs="+", default=list(DECAYS))
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     options.add_argument("--p", type=int, default=P)
     options.add_argument("--fraction", type=float, default=FRACTION)
@@ -60,7 +60,7 @@ def main() -> None:
 def recipes_of(chosen: Any) -> list[Recipe]:
     """One for every weight decay and seed, with the checkpoints that the comparison needs."""
     return [
-        grokking_recipe(
+        fast_recipe(
             chosen.p,
             fraction=chosen.fraction,
             weight_decay=decay,

@@ -24,12 +24,12 @@ class GrokOptions:
     """The setting of the run. Left out, it is that of the paper, or with --fast the small one."""
 
     fast: Annotated[bool, typer.Option("--fast", help=_FAST)] = False
-    p: Annotated[int | None, typer.Option("--p", help="The modulus, a prime; by default 113.")] = None
-    fraction: Annotated[float | None, typer.Option(help="Share of pairs to train on; by default 0.3.")] = None
+    p: Annotated[int | None, typer.Option("--p", help="The modulus, a prime; by default 113, fast 43.")] = None
+    fraction: Annotated[float | None, typer.Option(help="Share of pairs to train on; by default 0.3, fast 0.4.")] = None
     weight_decay: Annotated[float | None, typer.Option(help="By default 1.")] = None
     seed: Annotated[int, typer.Option(help="Seed of weights and of the split.", min=0, max=2**32 - 1)] = 0
     seeds: Annotated[int, typer.Option(help="How many seeds to run, from --seed on.")] = 1
-    steps: Annotated[int | None, typer.Option(help="Most steps of a run; by default 20000.")] = None
+    steps: Annotated[int | None, typer.Option(help="Most steps of a run; by default 20000, fast 6000.")] = None
 
     def recipe(self, seed: int) -> "Recipe":
         """The recipe of one seed."""

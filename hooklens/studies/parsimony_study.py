@@ -18,7 +18,7 @@ from hooklens.plugins.algorithmic.fourier.pair_table import run_pairs
 from hooklens.plugins.algorithmic.fourier.progress_measures import task_of
 from hooklens.plugins.algorithmic.fourier.weight_spectra import measure_fourier_spectrum
 from hooklens.plugins.algorithmic.grokking.grokking_step import find_grokking
-from hooklens.plugins.algorithmic.grokking.modular_recipes import grokking_recipe
+from hooklens.plugins.algorithmic.grokking.modular_recipes import fast_recipe
 from hooklens.plugins.algorithmic.grokking.norm_drop import squared_weights
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import null_p
@@ -26,7 +26,8 @@ from hooklens.studies.grokking_runs import folder_name, train_recipe
 from hooklens.training.training_run import Run
 
 MEASURES = ("key frequencies", "Gini of W_E", "smallest set", "squared weights")
-P, FRACTION, STEPS = 31, 0.4, 10_000  # so that 20 runs end within half an hour on 2 cores
+P, FRACTION, STEPS = 31, 0.4, 10_000  # so that 25 runs end within half an hour on 2 cores
+DECAYS = (0.3, 0.6, 1.0, 2.0, 4.0)
 _DRAWS = 9_999
 
 
@@ -125,7 +126,7 @@ class Parsimony(Result):
 def sweep_parsimony(
     out: str | os.PathLike,
     *,
-    weight_decays: Sequence[float | int] = (0.3, 1.0, 3.0, 10.0),
+    weight_decays: Sequence[float | int] = DECAYS,
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     p: int = P,
     fraction: float = FRACTION,
@@ -139,7 +140,8 @@ def sweep_parsimony(
     >>> sweep.verdicts
     ['did not grok: never memorised']
 
-    Every run has a folder of its own below `out`; the same call goes on with a sweep that was stopped.
+    Model and rate are those of `fast_recipe`. Every run has a folder of its own below `out`; the same call goes on with
+    a sweep that was stopped.
 
     Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 5.3, report that
     weight decay is needed to grok and that more of it is faster; the sweep over measures of parsimony is ours.
@@ -148,7 +150,7 @@ def sweep_parsimony(
     decays = [real("weight_decays", decay, 0.0) for decay in several("weight_decays", weight_decays)]
     numbers = [whole("seeds", seed) for seed in several("seeds", seeds)]
     recipes = [
-        grokking_recipe(p, fraction=fraction, weight_decay=decay, seed=seed, steps=steps, solved_for=None)
+        fast_recipe(p, fraction=fraction, weight_decay=decay, seed=seed, steps=steps, solved_for=None)
         for decay in decays
         for seed in numbers
     ]
