@@ -16,6 +16,7 @@ from hooklens.studies.grokking_page import grokking_report, seeds_table, togethe
 from hooklens.studies.grokking_runs import control_of, folder_name, grok, train_recipe
 from hooklens.studies.grokking_study import GrokkingStudy, study_grokked_model, study_grokking
 from hooklens.studies.parsimony_study import MEASURES, Parsimony, compare_parsimony
+from hooklens.testing import tiny_model
 from hooklens.training.run_recipe import Recipe
 
 
@@ -116,9 +117,9 @@ def test_other_runs_are_refused(tmp_path):
 
 def test_composite_moduli_and_other_models_are_refused(study):
     with refused(HooklensError, "p is a prime of at least 5"):
-        study_grokked_model(hl.testing.tiny_model(d_vocab=10), hl.data.modular_arithmetic(9))
+        study_grokked_model(tiny_model(d_vocab=10), hl.data.modular_arithmetic(9))
     with refused(HooklensError, "was trained on another p|it was trained on p"):
-        study_grokked_model(hl.testing.tiny_model(d_vocab=8), hl.data.modular_arithmetic(5))
+        study_grokked_model(tiny_model(d_vocab=8), hl.data.modular_arithmetic(5))
 
 
 def test_the_page_holds_every_seed_and_its_numbers(study, tmp_path):
