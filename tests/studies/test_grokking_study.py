@@ -9,7 +9,7 @@ from refused import refused
 
 import hooklens as hl
 from hooklens.core.errors import HooklensError
-from hooklens.plugins.algorithmic.grokking import detect_grokking, grokking_recipe
+from hooklens.plugins.algorithmic.grokking import detect_grokking, fast_recipe, find_grokking, grokking_recipe
 from hooklens.plugins.algorithmic.grokking.norm_drop import GROKKING, NO_DECAY, SHUFFLED, compare_norm_drops
 from hooklens.results.result import Result
 from hooklens.studies.grokking_page import grokking_report, seeds_table, together
@@ -190,3 +190,26 @@ def test_curves_that_end_before_the_window_are_refused():
     steps = torch.tensor([0, 10])
     with refused(HooklensError, "were stopped before"):
         compare_norm_drops([(GROKKING, 0, steps, torch.ones(2))], start=0, stop=20)
+
+
+@pytest.mark.slow
+def test_a_run_groks_and_everything_of_the_paper_is_found_in_it(tmp_path):
+    recipe = fast_recipe(31, fraction=0.4, weight_decay=4.0, steps=1500, solved_for=100)
+    study = grok(recipe.changed(training={"checkpoints": 20, "evaluate": 75}), tmp_path, show=False)
+    step, circuit = study.grokking, study.circuit
+    assert step.grokked and study.n_steps == step.generalised_at + 100 < 1500
+    # the held-out pairs are answered by waves of few frequencies, which are all that the logits need
+    assert 1 <= len(circuit.frequencies) <= 5 and circuit.neurons.share_explained > 0.5
+    assert circuit.restricted < circuit.loss < 0.1 and circuit.excluded > circuit.chance
+    assert circuit.smallest.size <= len(circuit.frequencies) and circuit.formula.explained_centred > 0.8
+    kept, others = circuit.neuron_ablation, set(range(1, 16)) - set(circuit.frequencies)
+    losses = dict(zip(kept.frequencies.tolist(), kept.losses.tolist(), strict=True))
+    assert min(losses[k] for k in circuit.frequencies) > 10 * max(losses[k] for k in others)
+    # the norm drops where it rises, and not in runs that do not grok
+    assert study.norms.is_evidence and set(study.norms.kinds) == {GROKKING, NO_DECAY, SHUFFLED}
+    shuffled = find_grokking(hl.open_run(tmp_path / "shuffled_answers"))
+    assert shuffled.verdict == "did not grok: memorised, never generalised"
+    # half-way, pairs whose partner was trained on are known, and others are not
+    partner = {name: float(value) for name, value in zip(study.halfway.regions, study.halfway.accuracy, strict=True)}
+    assert partner["partner (b, a) trained"] > partner["partner (b, a) not trained"] + 0.3
+    assert study.phases.memorised <= study.phases.formed <= study.phases.cleaned == step.generalised_at
