@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import real
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.algorithmic.fourier.basis import (
     distinguished,
@@ -148,12 +149,13 @@ def classify_neurons(
 
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 4.3.
     """
+    threshold = real("threshold", threshold, 0.0)
     post = need_neurons(as_table(model, data, layer=layer))
     return NeuronFrequencies(
         modulus=len(post),
         spectrum=explain_by_frequency(post),
         sum_spectrum=explain_by_sum(post),
-        threshold=float(threshold),
+        threshold=threshold,
     )
 
 

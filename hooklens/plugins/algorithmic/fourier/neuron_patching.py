@@ -117,7 +117,7 @@ def patch_neurons(
     sweep: PatchSweep = patch(model, runs[0], runs[1], metric, site=site_of("post", layer), by="layer x neuron")
     return NeuronPatching(
         modulus=p,
-        effects=sweep.effect[0].double(),
+        effects=sweep.effect[0].double().cpu(),
         frequency=torch.where(neurons.is_explained, neurons.frequency, 0),
         clean=float(sweep.clean),
         corrupted=float(sweep.corrupted),

@@ -132,6 +132,8 @@ def tabulate(
     for name, other, axes in (("post", post, "[a b neuron]"), ("trained", trained, "[a b]")):
         if other is not None and tuple(other.shape[:2]) != (p, p):
             raise InputError(f"{name} is a tensor {axes} for the same p = {p} as the logits, got {list(other.shape)}")
+    if trained is not None and trained.dtype != torch.bool:
+        raise InputError(f"trained says of every pair whether it was trained, a boolean tensor; got {trained.dtype}")
     if not bool(logits.isfinite().all()):
         raise InputError("some logits are not finite; use a checkpoint from before training diverged")
     wide_post = None if post is None else post.detach().cpu().double()
@@ -188,6 +190,10 @@ def run_prompts(
 def as_table(model: HookedTransformer | PairTable, data: Task | None, *, layer: int | None = -1) -> PairTable:
     """The table that was given, or that of the model."""
     if isinstance(model, PairTable):
+        if data is not None and modulus_of(data) != model.modulus:
+            raise InputError(
+                f"the table is one of p = {model.modulus}, and data of p = {modulus_of(data)}; leave data out"
+            )
         return model
     if data is None:
         raise InputError("a model needs its task: data=hl.data.modular_arithmetic(...), or its p")

@@ -12,13 +12,12 @@ from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.algorithmic.fourier.basis import (
     component_names,
     distinguished,
-    frequency_power,
     transform,
 )
 from hooklens.plugins.algorithmic.fourier.demo_task import demo_modulus
 from hooklens.plugins.algorithmic.fourier.pair_table import Task, modulus_of, need_model
 from hooklens.plugins.algorithmic.fourier.sparsity import gini, inverse_participation_ratio
-from hooklens.plugins.weights.matrices import embedding_matrix, folded_neurons, unembedding_rows
+from hooklens.plugins.weights.matrices import embedding_matrix, folded_neurons, read_mlp, unembedding_rows
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
 
@@ -40,7 +39,7 @@ def neuron_logit_map(model: HookedTransformer, p: int, *, layer: int = -1) -> Fl
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 4.2.
     """
     need_model(model, p)
-    writes = folded_neurons(model, layer % model.cfg.n_layers).writes.double()
+    writes = folded_neurons(model, read_mlp(model, layer)).writes.double()
     return (writes @ unembedding_rows(model).double()[:p].T).cpu()
 
 
@@ -145,11 +144,6 @@ def measure_fourier_spectrum(model: HookedTransformer, data: Task, *, layer: int
     has_mlp = not model.cfg.attn_only
     neuron_logit = transform(neuron_logit_map(model, p, layer=layer).T).norm(dim=1) if has_mlp else None
     return FourierSpectrum(embedding, neuron_logit)
-
-
-def columns_by_frequency(model: HookedTransformer, p: int, *, layer: int = -1) -> Float[Tensor, "neuron frequency"]:
-    """The squared norm of each neuron's weights to the logits, by frequency of the answer."""
-    return frequency_power(neuron_logit_map(model, p, layer=layer).T).T
 
 
 def demo(model: HookedTransformer) -> FourierSpectrum | Needs:

@@ -9,7 +9,7 @@ from refused import refused
 
 from hooklens import logit_diff, patch
 from hooklens.core.arguments import seeded
-from hooklens.core.errors import InputError, WrongType
+from hooklens.core.errors import InputError, NameNotFound, WrongType
 from hooklens.data.modular import modular_arithmetic
 from hooklens.plugins.algorithmic.fourier import (
     ablate_neuron_frequencies,
@@ -202,6 +202,11 @@ def test_other_wrong_arguments():
         run_pairs(torch.nn.Linear(2, 2), 7)
     with refused(InputError, says="needs its task"):
         classify_neurons(model)
+    with refused(InputError, says="threshold"):
+        classify_neurons(model, 7, threshold=-1)
+    for function in (measure_fourier_spectrum, classify_neurons):
+        with refused((InputError, NameNotFound), says="layer"):
+            function(model, 7, layer=2)
     with refused(InputError, says="different sums"):
         patch_neurons(model, 7, [[1, 2]], [[2, 1]])
     with refused(InputError, says="equally many pairs"):

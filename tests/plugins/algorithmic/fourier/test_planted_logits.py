@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from refused import refused
 
 from hooklens.core.errors import InputError, NameNotFound
@@ -170,6 +172,10 @@ def test_what_a_table_lacks_is_said():
         classify_neurons(table)
     with refused(InputError, says="same p = 5"):
         tabulate(torch.zeros(5, 5, 5), post=torch.zeros(4, 4, 2))
+    with refused(InputError, says="boolean"):
+        tabulate(torch.zeros(5, 5, 5), trained=torch.zeros(5, 5))
+    with refused(InputError, says="data of p = 7"):
+        fit_logit_formula(table, 7)
     with refused(InputError, says="not finite"):
         tabulate(torch.full((5, 5, 5), math.nan))
     with refused(InputError, says="at least one"):
@@ -225,3 +231,41 @@ def test_sparsity_by_hand():
     assert abs(gini(values) - differences) < 1e-12  # the mean absolute difference form of the same coefficient
     assert abs(inverse_participation_ratio(values) - (values**4).sum() / (values**2).sum() ** 2) < 1e-12
     assert gini(7 * values) == gini(values) and gini(torch.zeros(3)).isnan()
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), p=st.sampled_from([5, 7, 8, 11, 15, 17]))
+def test_any_planted_set_is_found_and_explains_all(data, p):
+    """Amplitudes within a factor of 20, so that each similarity is above the published threshold."""
+    frequencies = data.draw(st.sets(st.integers(1, p // 2), min_size=1, max_size=5))
+    planted = {k: data.draw(st.floats(1, 20)) for k in sorted(frequencies)}
+    table = tabulate(formula_logits(p, planted))
+    precision = 100 * EPS * p * sum(planted.values())
+    assert find_key_frequencies(table).keys == sorted(frequencies)
+    assert abs(restricted_loss(table.logits, frequencies) - table.loss) < precision
+    assert abs(excluded_loss(table.logits, frequencies, trained_half(p)) - math.log(p)) < precision
+    assert fit_logit_formula(table, frequencies=sorted(frequencies)).explained > 1 - 1e-12
+
+
+def quadratic_network(p, k, phases=4):
+    """Neurons (cos(w a + x) + cos(w b + y))^2 for a grid of phases, written to answers as cos(w c + x + y)."""
+    w, n = 2 * math.pi * k / p, torch.arange(p).double()
+    x, y = (2 * math.pi / phases * torch.cartesian_prod(torch.arange(phases), torch.arange(phases)).double()).T
+    read = [(w * n[:, None] + phase).cos() for phase in (x, y)]  # number neuron: the rows of an MLP's first layer
+    post = (read[0][:, None] + read[1]).square()
+    return post, post @ (w * n + (x + y)[:, None]).cos() / phases**2
+
+
+@pytest.mark.parametrize(("p", "k"), [(7, 2), (11, 1), (13, 6)])
+def test_the_analytic_quadratic_network_without_a_transformer(p, k):
+    """Its logits are cos(w (a + b - c)) / 2 exactly. Squares put a fifth of each neuron's variance at frequency 2k."""
+    post, logits = quadratic_network(p, k)
+    assert torch.allclose(logits, formula_logits(p, {k: 0.5}), atol=1e-12)
+    table = tabulate(50 * logits, post=post)
+    assert table.accuracy == 1 and find_key_frequencies(table).by("logit similarity") == [k]
+    neurons = classify_neurons(table)
+    double = min(2 * k, p - 2 * k)
+    assert neurons.frequency.tolist() == [k] * len(neurons.frequency)
+    assert torch.allclose(neurons.spectrum[:, k - 1], torch.full((16,), 0.8).double())
+    assert torch.allclose(neurons.spectrum[:, double - 1], torch.full((16,), 0.2).double())
+    assert neurons.keys() == [] and classify_neurons(table, threshold=0.75).keys() == [k]  # 85 % is a rule for ReLU
