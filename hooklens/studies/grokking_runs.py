@@ -29,12 +29,14 @@ def train_recipe(recipe: Recipe, out: str | os.PathLike, *, device: Any = None, 
     2
     """
     folder = RunFolder(path_of(out, "out"))
-    if (folder.path / RECIPE).is_file():
+    is_kept = (folder.path / RECIPE).is_file()
+    if is_kept:
         check_recipe(folder.path, recipe)
     data = recipe.load_data()
     model = recipe.load_model(data, device=device)
     if not folder.exists:
         folder.check_free()
+    if is_kept or not folder.exists:
         recipe.save(make_folder(folder.path) / RECIPE)
     return train(model, data, steps=recipe.training["steps"], out=folder.path, settings=recipe.settings(), show=show)
 

@@ -82,7 +82,7 @@ def test_the_same_call_goes_on_and_another_p_is_refused(folder):
         train_recipe(small(weight_decay=0.5), folder / "first" / "run")
     longer = train_recipe(small(110), folder / "first" / "run", show=False)
     assert longer.steps_done == 110
-    with refused(HooklensError, "training.steps was 110 and is 100|steps"):
+    with refused(HooklensError, "training.steps was 110 and is 100"):
         train_recipe(small(100), folder / "first" / "run")
 
 
