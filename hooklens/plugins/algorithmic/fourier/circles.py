@@ -33,6 +33,7 @@ class Circles(Result):
     """
 
     ranked_by = "share of the variance of the embedding"
+    baselines = ("chance",)
     terms = {
         "variance": "share of the variance of the rows over the numbers that lies in the plane",
         "of this frequency": "share of the variance in the plane that has this frequency",
@@ -50,6 +51,13 @@ class Circles(Result):
     component_variance: Float[Tensor, "pair"]
     component_frequency: Int[Tensor, "pair"]
     component_pure: Float[Tensor, "pair"]
+    d_model: int
+
+    @property
+    def chance(self) -> float:
+        """The `variance` of a random embedding, on average: its own frequency, and other ones in any two directions."""
+        own = 2 / (self.modulus - 1)
+        return own + (1 - own) * min(1.0, 2 / self.d_model)
 
     def table(self, n: int | None = None) -> Table:
         """The planes of frequencies and those of principal components, the one with the largest variance first."""
@@ -106,7 +114,8 @@ def project_embedding(
     (torch.Size([2, 7, 2]), torch.Size([2, 7, 2]))
 
     A filter that keeps one frequency of the rows would give an ellipse for random weights too. Compare `variance`
-    with 2 / (p - 1), what a frequency of a random embedding holds on average.
+    with `chance`, what such a plane holds of a random embedding on average: 2 / (p - 1) of the variance has the
+    frequency, and 2 / d_model of the rest lies in any plane.
 
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 4.1; Liu
     et al. (2022), "Towards Understanding Grokking", figure 1, for principal components.
@@ -134,6 +143,7 @@ def project_embedding(
         component_variance=squares / total,
         component_frequency=powers.argmax(1) + 1,
         component_pure=powers.amax(1) / squares,
+        d_model=rows.shape[1],
     )
 
 

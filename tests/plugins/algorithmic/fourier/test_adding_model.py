@@ -68,6 +68,13 @@ def test_circles_of_different_radii_are_found_by_circularity(p, radii):
     assert keys == sorted(radii) and torch.allclose(scores[[k - 1 for k in radii]], torch.ones(len(radii)).double())
 
 
+def test_chance_is_what_the_plane_of_a_random_embedding_holds():
+    found = [project_embedding(tiny_model(d_vocab=32, d_model=16, seed=i), 31, frequencies=[3, 8]) for i in range(20)]
+    held = torch.stack([circles.variance for circles in found]).mean(1)  # of 20 independent embeddings
+    assert abs(float(held.mean()) - found[0].chance) < 3 * float(held.std()) / 20**0.5
+    assert abs(found[0].chance - (1 / 15 + 14 / 15 / 8)) < 1e-12
+
+
 def test_every_neuron_has_its_frequency(table):
     neurons = classify_neurons(table)
     assert neurons.frequency.tolist() == [2] * PHASES + [5] * PHASES

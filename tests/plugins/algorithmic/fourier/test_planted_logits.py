@@ -1,6 +1,7 @@
 """Logits that are sums of cosines of a + b - c: every measure has a known answer."""
 
 import math
+from itertools import combinations
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from hooklens.plugins.algorithmic.fourier import (
     sums,
     tabulate,
 )
+from hooklens.plugins.algorithmic.fourier.logit_formula import mean_by_offset
 
 EPS = torch.finfo(torch.float64).eps
 SETS = [(5, [2]), (7, [1, 3]), (13, [2, 5, 6]), (31, [3, 14]), (3, [1]), (2, [1]), (9, [2, 4]), (10, [1, 5]), (12, [4])]
@@ -80,6 +82,12 @@ def test_of_composite_p_a_frequency_that_shares_a_factor_leaves_answers_tied():
     assert fit_logit_formula(table).table(1).rows[0][-1] == 3
 
 
+def test_the_mean_of_each_offset_is_that_of_a_plus_b_minus_c():
+    values = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    n = torch.arange(7)
+    assert torch.allclose(mean_by_offset(values[(n[:, None, None] + n[:, None] - n) % 7]), values)
+
+
 def test_similarity_is_the_cosine_of_the_two_cubes():
     logits = torch.randn(7, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     centred = (logits - logits.mean(-1, keepdim=True)).flatten()
@@ -121,20 +129,20 @@ def test_the_smallest_set_leaves_out_what_the_loss_does_not_need():
 
 
 def test_the_exact_set_is_smaller_where_greedy_goes_wrong():
-    """Brute force over all sets of the same logits agrees, and no smaller set is good enough."""
-    from itertools import combinations
-
-    generator = torch.Generator().manual_seed(3)
-    coefficients = {k: float(9 * torch.rand((), generator=generator)) for k in range(1, 7)}
-    table = tabulate(formula_logits(13, coefficients))
+    """Greedy begins with 1, 4, which no good set of three contains; brute force over all sets of the losses agrees."""
+    generator = torch.Generator().manual_seed(94)
+    noise = torch.randn(11, 11, 11, dtype=torch.float64, generator=generator)
+    amplitudes = (6 * torch.rand(5, generator=generator)).tolist()
+    table = tabulate(noise + formula_logits(11, dict(zip(range(1, 6), amplitudes, strict=True))))
     smallest = find_smallest_set(table, tolerance=2.0)
+    assert smallest.is_exact and smallest.greedy.tolist() == [1, 4, 2, 5] and smallest.frequencies == [1, 2, 5]
     good = [
         len(chosen)
-        for n in range(7)
-        for chosen in combinations(range(1, 7), n)
-        if (restricted_loss(table.logits, chosen) if n else math.log(13)) <= 3 * table.loss
+        for n in range(1, 6)
+        for chosen in combinations(range(1, 6), n)
+        if restricted_loss(table.logits, chosen) <= 3 * table.loss
     ]
-    assert smallest.is_exact and smallest.size == min(good)
+    assert smallest.size == min(good)
     assert abs(smallest.exact_loss - restricted_loss(table.logits, smallest.frequencies)) < 1e-12
 
 
@@ -204,7 +212,9 @@ def test_neurons_of_planted_waves():
     of_sum, one_sided = torch.cos(w * 3 * sums(p)), torch.cos(w * 2 * n)[:, None].expand(p, p)
     product = torch.cos(w * 4 * n)[:, None] * torch.sin(w * 4 * n)
     mixed = torch.cos(w * 5 * n)[:, None] + 0.5 * torch.cos(w * n)  # 80 % and 20 % of the variance
-    post = torch.stack([5 + of_sum, one_sided, product, mixed, torch.full((p, p), 3.3).double()], -1)
+    constant = torch.full((p, p), 3.3).double()
+    constant[2] += 4 * EPS  # a neuron that varies by rounding only
+    post = torch.stack([5 + of_sum, one_sided, product, mixed, constant], -1)
     neurons = classify_neurons(tabulate(torch.zeros(p, p, p), post=post))
     assert neurons.frequency.tolist() == [3, 2, 4, 5, 0]
     assert torch.allclose(neurons.explained, torch.tensor([1, 1, 1, 0.8, 0]).double())
