@@ -158,7 +158,7 @@ def _verdicts(studies: Sequence[GrokkingStudy]) -> str:
     if not runs:
         return "no run, one model"
     if len(runs) == 1:
-        return runs[0].verdict
+        return runs[0].verdict.partition(":")[0]
     return f"{sum(run.grokked for run in runs)} of {len(runs)} grokked"
 
 
