@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hooklens.core.arguments import seed_number, seeded, whole
 from hooklens.core.errors import ArgumentError, did_you_mean
-from hooklens.data.batches import Batch, TrainingData, epoch_rows
+from hooklens.data.batches import Batch, TrainingData, drawn_for, epoch_rows
 
 if TYPE_CHECKING:
     from hooklens.pretrained.tokenizer import Tokenizer
@@ -25,13 +25,15 @@ _SIGNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"+": torch.add, "-": to
 class Modular(TrainingData):
     """The table of an operation modulo `p`. Tokens 0 to p - 1 are numbers, `p` the equals sign.
 
-    The pairs are shuffled once by the seed; the first share of them is for training, the rest is held out.
+    The pairs are shuffled once by the seed; the first share of them is for training, the rest is held out. With
+    `shuffled` the answers of the table are permuted, by the same seed: a control in which there is no rule to find.
     """
 
     p: int
     operation: str
     fraction: float
     seed: int
+    shuffled: bool = False
 
     @property
     def d_vocab(self) -> int:
@@ -58,9 +60,19 @@ class Modular(TrainingData):
         n = n_trained(self.p, self.fraction)
         return every[:n], every[n:]
 
+    @cached_property
+    def table(self) -> Int[Tensor, "a b"]:
+        """The answer to every pair (a, b)."""
+        numbers = torch.arange(self.p)
+        answers = _SIGNS[self.operation](numbers[:, None], numbers[None]) % self.p
+        if not self.shuffled:
+            return answers
+        order = torch.randperm(self.p**2, generator=drawn_for(self.seed, "shuffled answers"))
+        return answers.flatten()[order].view(self.p, self.p)
+
     def examples(self, pairs: Int[Tensor, "pair 2"]) -> Batch:
         """Prompts "a b =" with the answer at the last position, the only one that counts."""
-        answers = _SIGNS[self.operation](pairs[:, 0], pairs[:, 1]) % self.p
+        answers = self.table[pairs[:, 0], pairs[:, 1]]
         inputs = torch.cat([pairs, torch.full_like(pairs[:, :1], self.p)], 1)
         counts = torch.zeros(inputs.shape, dtype=torch.bool)
         counts[:, -1] = True
@@ -84,6 +96,11 @@ class Modular(TrainingData):
 
     def description(self) -> str:
         """What there is to learn."""
+        if self.shuffled:
+            return (
+                f"the answers of a {self.operation} b modulo {self.p}, permuted over the table, from "
+                f"{self.fraction:.0%} of all {self.p**2} pairs: a control in which no rule answers the others"
+            )
         return (
             f"a {self.operation} b modulo {self.p}, from {self.fraction:.0%} of all {self.p**2} pairs; the others can "
             "only be answered by a rule"
@@ -91,13 +108,14 @@ class Modular(TrainingData):
 
     def identity(self) -> dict[str, Any]:
         """What identifies the data."""
-        return {
+        known = {
             "task": "modular",
             "p": self.p,
             "operation": self.operation,
             "fraction": self.fraction,
             "seed": self.seed,
         }
+        return known | {"shuffled": True} if self.shuffled else known
 
 
 def n_trained(p: int, fraction: float) -> int:
@@ -110,13 +128,21 @@ def n_trained(p: int, fraction: float) -> int:
 
 
 def modular_arithmetic(
-    p: int = 113, *, operation: Literal["+", "-", "x"] = "+", fraction: float = 0.3, seed: int = 0
+    p: int = 113,
+    *,
+    operation: Literal["+", "-", "x"] = "+",
+    fraction: float = 0.3,
+    seed: int = 0,
+    shuffled: bool = False,
 ) -> Modular:
     """Addition, subtraction or multiplication modulo `p`, with a fraction of all pairs to train on.
 
     >>> data = modular_arithmetic(p=5, fraction=0.8)
     >>> [len(pairs) for pairs in data.pairs], data.d_vocab
     ([20, 5], 6)
+
+    `shuffled` permutes the answers over the whole table: each answer is as frequent as before, the training pairs can
+    be memorised as well, and nothing can be known about the others.
 
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 3.
     """
@@ -130,4 +156,6 @@ def modular_arithmetic(
             "{fraction} is the share of all {0} pairs to train on, above 0, at most 1, and at least one pair; got {1}",
             *(p**2, f"{fraction!r:.60}"),
         )
-    return Modular(p, operation, float(fraction), seed)
+    if not isinstance(shuffled, bool):
+        raise ArgumentError("{shuffled} is True or False, got {0}", f"{shuffled!r:.60}")
+    return Modular(p, operation, float(fraction), seed, shuffled)

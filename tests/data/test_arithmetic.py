@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refused import refused
 
 from hooklens.core.errors import InputError
 from hooklens.data.decimals import decimal_arithmetic
@@ -58,6 +59,26 @@ def test_prompts_of_numbers_are_read_and_written_as_text(tmp_path):
         model.to_tokens("3 + 4 =")
     states = markov_source(5, window=4)
     assert states.tokenizer.encode("0 4 1") == [0, 4, 1]
+
+
+def test_shuffled_answers_are_those_of_the_table_at_other_places():
+    plain, shuffled = (modular_arithmetic(11, seed=3, shuffled=shuffled) for shuffled in (False, True))
+    assert sorted(shuffled.table.flatten().tolist()) == sorted(plain.table.flatten().tolist())
+    assert float((shuffled.table == plain.table).double().mean()) < 0.3  # 1/11 is expected
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(plain.pairs, shuffled.pairs, strict=True))
+    answers = torch.cat([batch.targets[:, -1] for batch in shuffled.held_out(7)])
+    assert torch.equal(answers, shuffled.table[tuple(shuffled.pairs[1].T)])
+    assert torch.equal(shuffled.table, modular_arithmetic(11, seed=3, shuffled=True).table)
+    assert not torch.equal(shuffled.table, modular_arithmetic(11, seed=4, shuffled=True).table)
+
+
+def test_shuffled_answers_are_other_data_and_plain_ones_those_of_older_runs():
+    plain, shuffled = (modular_arithmetic(7, shuffled=shuffled) for shuffled in (False, True))
+    assert set(plain.identity()) == {"task", "p", "operation", "fraction", "seed"}
+    assert shuffled.identity() == plain.identity() | {"shuffled": True}
+    assert "no rule" in shuffled.description() and "no rule" not in plain.description()
+    with refused(InputError, "shuffled is True or False, got 1"):
+        modular_arithmetic(7, shuffled=1)
 
 
 def test_an_epoch_of_batches_is_the_training_set():
