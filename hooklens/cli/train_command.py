@@ -63,7 +63,9 @@ class RecipeOptions:
 
 @command
 def train(
-    task: Annotated[str | None, typer.Argument(help="A task of `hl.data`, or the path of a text file.")] = None,
+    task: Annotated[
+        str | None, typer.Argument(help="A task of `hl.data`, or the path of a file: text, or CSV.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; a run in it goes on.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; by default cpu.")] = None,
     as_json: AsJson = False,
@@ -107,24 +109,28 @@ def train(
 
 def _task(task: str | None, settings: Path | None, out: Path | None) -> dict[str, Any]:
     """The first entries of the table [data] for this argument; none where a file of settings has them."""
+    from hooklens.data.number_files import task_of_file
     from hooklens.training.run_folder import RECIPE, RunFolder
-    from hooklens.training.run_recipe import TASKS
+    from hooklens.training.run_recipe import FILE_TASKS, TASKS
 
+    generated = [name for name in TASKS if name not in FILE_TASKS]
     if task is None:
         if settings is None and (out is None or not os.path.isfile(out / RECIPE)):
-            known = ", ".join(name for name in TASKS if name != "text")
+            known = ", ".join(generated)
             if out is not None and RunFolder(out).exists:
                 raise InputError(
                     f"{str(out)!r} holds a run without {RECIPE}, such as one that hl.train began in Python; the same "
                     "call there goes on with it"
                 )
-            raise ArgumentError("give {task}, one of {0}, or a text file; or --settings, or --out with a run", known)
+            raise ArgumentError("give {task}, one of {0}, or a file; or --settings, or --out with a run", known)
         return {}
-    if task in TASKS and task != "text":
+    if task in generated:
         return {"task": task}
     if Path(task).is_file():
-        return {"task": "text", "source": task}
-    unknown = did_you_mean("task", task, [name for name in TASKS if name != "text"])
+        return {"task": task_of_file(task), "source": task}
+    if task in FILE_TASKS:
+        raise InputError(f"the task {task} reads a file of your own; give the path of the file in its place")
+    unknown = did_you_mean("task", task, generated)
     raise InputError(f"{unknown}; and there is no text file {task!r}")
 
 

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from hooklens.data.indirect_object import ioi as ioi
     from hooklens.data.markov_chains import markov_source as markov_source
     from hooklens.data.modular import modular_arithmetic as modular_arithmetic
+    from hooklens.data.number_files import modular_triples as modular_triples
+    from hooklens.data.number_files import regression_prompts as regression_prompts
     from hooklens.data.plays import shakespeare as shakespeare
     from hooklens.data.prompt_pairs import PromptPairs as PromptPairs
     from hooklens.data.pronouns import gendered_pronouns as gendered_pronouns
@@ -32,7 +34,9 @@ _HOMES = {
     "ioi": "indirect_object",
     "markov_source": "markov_chains",
     "modular_arithmetic": "modular",
+    "modular_triples": "number_files",
     "random_repeats": "repeated",
+    "regression_prompts": "number_files",
     "repeated_tokens": "repeated",
     "shakespeare": "plays",
     "text": "text_windows",

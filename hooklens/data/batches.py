@@ -52,6 +52,11 @@ class TrainingData:
         """All that is held out, in batches of at most `size` rows; nothing if all data are fresh."""
         raise InputError(f"{type(self).__name__} holds nothing out; define held_out(size)")
 
+    @property
+    def n_positions(self) -> int:
+        """The positions of the longest rows; tasks whose batches have rows of different lengths define it."""
+        return self.batch(0, 1).inputs.shape[1]
+
     def description(self) -> str:
         """What is there to learn, in one or two sentences."""
         raise InputError(f"{type(self).__name__} does not say what there is to learn; define description()")

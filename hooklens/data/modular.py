@@ -18,7 +18,7 @@ from hooklens.data.batches import Batch, TrainingData, drawn_for, epoch_rows
 if TYPE_CHECKING:
     from hooklens.pretrained.tokenizer import Tokenizer
 
-_SIGNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"+": torch.add, "-": torch.sub, "x": torch.mul}
+SIGNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"+": torch.add, "-": torch.sub, "x": torch.mul}
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,19 @@ class Modular(TrainingData):
     def table(self) -> Int[Tensor, "a b"]:
         """The answer to every pair (a, b)."""
         numbers = torch.arange(self.p)
-        answers = _SIGNS[self.operation](numbers[:, None], numbers[None]) % self.p
+        answers = SIGNS[self.operation](numbers[:, None], numbers[None]) % self.p
         if not self.shuffled:
             return answers
         order = torch.randperm(self.p**2, generator=drawn_for(self.seed, "shuffled answers"))
         return answers.flatten()[order].view(self.p, self.p)
 
+    def answers(self, pairs: Int[Tensor, "some 2"]) -> Int[Tensor, "some"]:
+        """The answer of each pair."""
+        return self.table[pairs[:, 0], pairs[:, 1]]
+
     def examples(self, pairs: Int[Tensor, "pair 2"]) -> Batch:
         """Prompts "a b =" with the answer at the last position, the only one that counts."""
-        answers = self.table[pairs[:, 0], pairs[:, 1]]
+        answers = self.answers(pairs)
         inputs = torch.cat([pairs, torch.full_like(pairs[:, :1], self.p)], 1)
         counts = torch.zeros(inputs.shape, dtype=torch.bool)
         counts[:, -1] = True
@@ -124,7 +128,7 @@ def n_trained(p: int, fraction: float) -> int:
     >>> n_trained(113, 0.3), n_trained(10, 0.29)          # 3830.7, and 29 that a product of floats just misses
     (3830, 29)
     """
-    return math.floor(round(fraction * p**2, 6))
+    return share_of(p**2, fraction)
 
 
 def modular_arithmetic(
@@ -148,14 +152,32 @@ def modular_arithmetic(
     """
     whole("p", p, 2)
     seed_number(seed)
-    if operation not in _SIGNS:
-        raise did_you_mean("operation", operation, _SIGNS)
-    good = isinstance(fraction, Real) and not isinstance(fraction, bool)
-    if not good or not 0 < fraction <= 1 or n_trained(p, fraction) < 1:
-        raise ArgumentError(
-            "{fraction} is the share of all {0} pairs to train on, above 0, at most 1, and at least one pair; got {1}",
-            *(p**2, f"{fraction!r:.60}"),
-        )
+    if operation not in SIGNS:
+        raise did_you_mean("operation", operation, SIGNS)
     if not isinstance(shuffled, bool):
         raise ArgumentError("{shuffled} is True or False, got {0}", f"{shuffled!r:.60}")
-    return Modular(p, operation, float(fraction), seed, shuffled)
+    return Modular(p, operation, check_fraction(fraction, p**2), seed, shuffled)
+
+
+def check_fraction(fraction: Any, n_pairs: int) -> float:
+    """Return the share of pairs to train on, which must leave at least one pair to train on.
+
+    >>> check_fraction(0.5, 25)
+    0.5
+    """
+    good = isinstance(fraction, Real) and not isinstance(fraction, bool)
+    if not good or not 0 < fraction <= 1 or share_of(n_pairs, fraction) < 1:
+        raise ArgumentError(
+            "{fraction} is the share of all {0} pairs to train on, above 0, at most 1, and at least one pair; got {1}",
+            *(n_pairs, f"{fraction!r:.60}"),
+        )
+    return float(fraction)
+
+
+def share_of(n_pairs: int, fraction: float) -> int:
+    """A share of a number of pairs, rounded down.
+
+    >>> share_of(12769, 0.3), share_of(100, 0.29)          # 3830.7, and 29 that a product of floats just misses
+    (3830, 29)
+    """
+    return math.floor(round(fraction * n_pairs, 6))

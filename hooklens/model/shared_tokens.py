@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -25,7 +25,7 @@ Table = Float[Tensor, "distinct *rest"]
 Places = Int[Tensor, "batch pos"]
 
 
-def shares_tokens(model: "HookedTransformer", tokens: Int[Tensor, "batch pos"]) -> bool:
+def shares_tokens(model: "HookedTransformer", tokens: Shaped[Tensor, "batch pos *d_in"]) -> bool:
     """Whether `last_logits` computes the logits of these prompts, and saves work.
 
     >>> from hooklens.testing import tiny_model

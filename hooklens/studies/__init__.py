@@ -8,6 +8,9 @@ from hooklens.studies.grokking_runs import grok, train_recipe
 from hooklens.studies.grokking_study import GrokkingStudy, study_grokked_model, study_grokking
 from hooklens.studies.head_study import HeadStudy, study_heads
 from hooklens.studies.heads_page import taxonomy_report
+from hooklens.studies.icl_errors import ErrorsByLength, measure_errors
+from hooklens.studies.icl_runs import study_runs, train_planned
+from hooklens.studies.icl_study import ICLStudy, study_in_context
 from hooklens.studies.ioi_study import IOIStudy, study_ioi
 from hooklens.studies.lens_study import LensStudy, study_lens
 from hooklens.studies.pages import transfer_report
@@ -18,8 +21,10 @@ from hooklens.studies.result_claims import causal_claims, mover_claims, steering
 
 __all__ = [
     "CircuitStudy",
+    "ErrorsByLength",
     "GrokkingStudy",
     "HeadStudy",
+    "ICLStudy",
     "IOIStudy",
     "LensStudy",
     "PairStudy",
@@ -29,6 +34,7 @@ __all__ = [
     "compare_parsimony",
     "grok",
     "grokking_report",
+    "measure_errors",
     "mover_claims",
     "probe_report",
     "seeds_table",
@@ -37,12 +43,15 @@ __all__ = [
     "study_grokked_model",
     "study_grokking",
     "study_heads",
+    "study_in_context",
     "study_ioi",
     "study_lens",
     "study_pair",
+    "study_runs",
     "sweep_parsimony",
     "taxonomy_claims",
     "taxonomy_report",
+    "train_planned",
     "train_recipe",
     "transfer_report",
     "zero_heads",

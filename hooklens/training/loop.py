@@ -153,7 +153,7 @@ class _Training:
         self.masks = torch.Generator(self.vector.values.device)
         self.evaluations = settings.evaluation_steps(steps)
         self.checkpoints = set(settings.checkpoint_steps(steps))
-        self.step = 0
+        self.step = self.n_positions = 0
         self.watch = LossWatch()
         self.recorder: Recorder | None = None
         self.taker: SnapshotTaker | None = None
@@ -256,7 +256,7 @@ class _Training:
             yield
             return
         board = TensorBoardLog(self.folder.path, list(self.vector.layers), self.step) if tensorboard else None
-        n_positions = batch.counts.shape[1]
+        n_positions = self.n_positions = max(batch.counts.shape[1], self.data.n_positions)  # rows may grow later
         layers = list(self.vector.layers)
         self.recorder = Recorder(self.folder.path, layers, n_positions, keep=self.step, rows=self.rows)
         self.recorder.tensorboard = board
@@ -430,7 +430,7 @@ class _Training:
             if not bool(rows[0][batch.counts].isfinite().all()):
                 self._diverged(f"the held-out loss after {self.step} steps is not finite")
             losses, is_correct = rows.masked_fill(~batch.counts, float("nan")).cpu()
-            yield losses, is_correct
+            yield _filled(losses, self.n_positions), _filled(is_correct, self.n_positions)
 
     def is_over(self) -> bool:
         """Whether the held-out loss has not fallen for `patience` evaluations, or the task is solved.
@@ -453,6 +453,11 @@ class _Training:
         self.folder.save_state(content, {"values": self.vector.values, **self.slots})
         now = time.monotonic()
         self.save_at = now + max(_SAVE_EVERY, _SAVE_SHARE * (now - began))
+
+
+def _filled(losses: Float[Tensor, "row pos"], n_positions: int) -> Float[Tensor, "row all_pos"]:
+    """Losses of the width of the longest rows: NaN where shorter ones end."""
+    return torch.nn.functional.pad(losses, (0, n_positions - losses.shape[1]), value=float("nan"))
 
 
 @contextlib.contextmanager

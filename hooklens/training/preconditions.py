@@ -125,7 +125,7 @@ def check_trainable(model: Any, data: Any) -> None:
 
 
 def _check_inputs(model: HookedTransformer, data: Any, batch: Batch) -> None:
-    n_pos, n_ctx, d_vocab = batch.inputs.shape[1], model.cfg.n_ctx, model.cfg.d_vocab
+    n_pos, n_ctx, d_vocab = max(batch.inputs.shape[1], data.n_positions), model.cfg.n_ctx, model.cfg.d_vocab
     if n_pos > n_ctx:
         raise InputError(f"the data have {n_pos} positions, this model has n_ctx {n_ctx}; use a smaller window")
     if not isinstance(model.cfg.embed, TokenEmbed):

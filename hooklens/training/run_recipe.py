@@ -26,12 +26,15 @@ TASKS = (
     "in_context_regression",
     "markov_source",
     "modular_arithmetic",
+    "modular_triples",
     "random_repeats",
+    "regression_prompts",
     "shakespeare",
     "text",
     "tiny_stories",
     "tiny_stories_dataset",
 )
+FILE_TASKS = ("modular_triples", "regression_prompts", "text")  # those of a file of one's own, `source`
 _TABLES = ("data", "model", "training")
 MODEL = {"n_layers": 4, "d_model": 128, "n_heads": 4, "seed": 0}
 _TRAINING = {
@@ -61,6 +64,7 @@ _OF_TASK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         },
     },
     "in_context_regression": {"training": {"loss": {"part": "squared_error"}}},
+    "regression_prompts": {"training": {"loss": {"part": "squared_error"}}},
     "shakespeare": {  # measured by benchmarks/shakespeare.py
         "data": {"window": 64},
         "model": {"positional_embedding_type": "rotary"},
@@ -108,8 +112,8 @@ class Recipe:
         """Find what is wrong before the data are read."""
         if "task" not in self.data:
             raise InputError(f"[data] needs a task; there are {', '.join(TASKS)}")
-        if self.data["task"] == "text" and "source" not in self.data:
-            raise InputError('[data] of the task text needs source = "...", the path of a text file')
+        if self.data["task"] in FILE_TASKS and "source" not in self.data:
+            raise InputError(f'[data] of the task {self.data["task"]} needs source = "...", the path of its file')
         if self.data["task"] not in TASKS:
             raise did_you_mean("task", self.data["task"], TASKS)
         _check_names(
@@ -142,7 +146,7 @@ class Recipe:
         """The untrained model, with the tokenizer of the data."""
         from hooklens.model.transformer import HookedTransformer
 
-        derived: dict[str, Any] = {"n_ctx": data.batch(0, 1).inputs.shape[1]}
+        derived: dict[str, Any] = {"n_ctx": data.n_positions}
         if hasattr(data, "d_in"):  # vectors in, one number out
             derived |= {"embed": {"part": "vectors", "d_in": data.d_in}, "d_vocab": 1, "d_vocab_out": 1}
         else:

@@ -266,3 +266,15 @@ def test_a_run_of_python_was_said_to_be_none(tmp_path):
     hl.train(tiny_model(d_vocab=data.d_vocab), data, steps=2, out=tmp_path / "run", settings=Settings(batch=4))
     done = invoke("train", "--out", tmp_path / "run")
     assert done.exit_code == 2 and "holds a run without settings.toml" in done.output.replace("\n", " ")
+
+
+def test_files_of_numbers_are_trained_on_by_their_header(tmp_path):
+    table, prompts = tmp_path / "table.csv", tmp_path / "prompts.csv"
+    table.write_text("\n".join(["a,b,c", *(f"{a},{b},{(a + b) % 3}" for a in range(3) for b in range(3))]))
+    prompts.write_text("\n".join(["prompt,x1,y", *(f"{i},{x},{i * x}" for i in range(4) for x in (1, 2, 3))]))
+    for path, task in ((table, "modular_triples"), (prompts, "regression_prompts")):
+        done = invoke("train", path, *TINY, "--out", tmp_path / task)
+        assert done.exit_code == 0, done.output
+        assert read_recipe(tmp_path / task / "settings.toml").data["task"] == task
+    done = invoke("train", "modular_triples", *TINY, "--out", tmp_path / "none")
+    assert done.exit_code == cli.BAD_INPUT and "modular_triples reads a file of your own" in done.stderr

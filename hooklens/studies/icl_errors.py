@@ -1,0 +1,225 @@
+"""Errors of trained models and of learners on the same fresh prompts, for each number of examples."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.arguments import several, whole
+from hooklens.core.errors import InputError
+from hooklens.data.regression import InContextRegression
+from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.algorithmic.icl import (
+    Averaging,
+    BestStep,
+    Learner,
+    LeastSquares,
+    RegressionPrompts,
+    Ridge,
+    Zero,
+    best_gd_plus_plus,
+    best_preconditioner,
+    best_step,
+    best_step_schedules,
+    draw_prompts,
+    moments_of,
+    predict,
+)
+from hooklens.results.result import Result, Table
+
+OWN_STEP, SHARED_STEP, SHARED_MEAN = "best step at each length", "one step, summed", "one step, averaged"
+LEAST_SQUARES = "least squares"
+_RATE_LENGTHS = 8  # of the lengths, on which rates of several steps are searched; 2,000 data sets each take 20 seconds
+_AT_ONCE = 2048  # prompts in one pass
+
+ByLength = Float[Tensor, "model length"]
+
+
+@dataclass(frozen=True, eq=False)
+class ErrorsByLength(Result):
+    """Mean squared errors of the answer at the query; all models and learners answer the same prompts.
+
+    `excess` is how far a model's error lies above that of the best step at this length, as a share of the best step's
+    exact error. It is a mean of differences on the same prompts, whose errors are mostly the same, so that its standard
+    error is far smaller than that of the error itself.
+    """
+
+    baselines = ("zero", "tasks")
+
+    lengths: Int[Tensor, "length"]
+    tasks: int
+    models: list[str]
+    errors: ByLength
+    standard_errors: ByLength
+    excess: ByLength
+    excess_errors: ByLength
+    learners: list[str]
+    learner_errors: Float[Tensor, "learner length"]
+    summed: BestStep
+    averaged: BestStep
+    zero: float
+
+    def error_of(self, name: str) -> Float[Tensor, "length"]:
+        """The errors of a model or a learner."""
+        if name in self.models:
+            return self.errors[self.models.index(name)]
+        if name not in self.learners:
+            raise InputError(f"no model or learner {name!r}; there are {', '.join([*self.models, *self.learners])}")
+        return self.learner_errors[self.learners.index(name)]
+
+    def mean_excess(self, model: str, of: BestStep) -> tuple[float, float]:
+        """How far the model's mean error over all lengths is above that of a shared step, and its standard error.
+
+        Both as shares of the exact mean error of that step.
+        """
+        own, i = of.own_errors.double(), self.models.index(model)
+        above = (own * self.excess[i]).mean() + own.mean() - of.errors.mean()
+        spread = (own * self.excess_errors[i]).square().sum().sqrt() / len(own)
+        return float(above / of.errors.mean()), float(spread / of.errors.mean())
+
+    def table(self, n: int | None = None) -> Table:
+        """One row a length: the models with their standard errors, then the learners."""
+        columns = ["examples"]
+        for model in self.models:
+            columns += [model, f"{model}: standard error"]
+        parts = torch.stack([self.errors, self.standard_errors], 1).flatten(0, 1)
+        cells = torch.cat([parts, self.learner_errors]).T.tolist()
+        rows = [(int(k), *row) for k, row in zip(self.lengths, cells, strict=True)]
+        return Table([*columns, *self.learners], rows).head(n)
+
+    def figure(self) -> Any:
+        """Errors against the number of examples; of the learners those with exact errors, and least squares."""
+        from hooklens.viz.curves import lines
+
+        values = {model: self.error_of(model) for model in self.models}
+        values |= {OWN_STEP: self.averaged.own_errors, SHARED_STEP: self.summed.errors}
+        values[LEAST_SQUARES] = self.error_of(LEAST_SQUARES).clamp_min(1e-3 * self.zero)
+        bands = {
+            model: (self.errors[i] - 2 * self.standard_errors[i], self.errors[i] + 2 * self.standard_errors[i])
+            for i, model in enumerate(self.models)
+        }
+        titles: dict[str, Any] = {
+            "x_title": "examples",
+            "y_title": "squared error",
+            "marks": {"zero": self.zero},
+            "log": "y",
+        }
+        return lines(values, x=self.lengths, bands=bands, title="Error by number of examples", **titles)
+
+
+def measure_errors(
+    models: Mapping[str, HookedTransformer],
+    data: InContextRegression,
+    *,
+    lengths: int | Sequence[int] | None = None,
+    learners: Mapping[str, Learner] | None = None,
+    tasks: int = 2048,
+    seed: int = 0,
+) -> ErrorsByLength:
+    """How large are the errors of these models for each number of examples, beside those of learners?
+
+    >>> from hooklens.data.regression import in_context_regression
+    >>> from hooklens.plugins.algorithmic.icl import construct_descent
+    >>> data = in_context_regression(2, (3, 4), inputs="normal")
+    >>> step = best_step(moments_of(data), [3, 4], mean=False)
+    >>> measured = measure_errors({"made by hand": construct_descent(step.learner(), 2, 4)}, data, tasks=64)
+    >>> abs(measured.mean_excess("made by hand", measured.summed)[0]) < 0.5, measured.lengths.tolist()
+    (True, [3, 4])
+
+    `lengths` are those of the data by default, and `learners` those of `known_learners`. Prompts are drawn from
+    `seed`, which no step of training uses.
+    """
+    ks = [whole("lengths", k, 1) for k in several("lengths", list(data.points) if lengths is None else lengths)]
+    if not models:
+        raise InputError("measure_errors needs at least one model, by name; got none")
+    summed, averaged = single_steps(data, ks)
+    shared = known_learners(data, ks) if learners is None else learners
+    columns = []
+    for k in ks:
+        prompts = draw_prompts(replace(data, n_points=k, curriculum=0), whole("tasks", tasks, 2), seed=1000 * seed + k)
+        own = averaged.own_learner(k)
+        columns.append(_column(models, {OWN_STEP: own, **shared}, prompts))
+    stacked = {name: torch.stack([column[name] for column in columns], -1) for name in columns[0]}
+    return ErrorsByLength(
+        lengths=torch.tensor(ks),
+        tasks=tasks,
+        models=list(models),
+        excess=stacked.pop("above") / averaged.own_errors,
+        excess_errors=stacked.pop("above_error") / averaged.own_errors,
+        learners=[OWN_STEP, *shared],
+        summed=summed,
+        averaged=averaged,
+        zero=summed.zero,
+        **stacked,
+    )
+
+
+def single_steps(data: InContextRegression, lengths: Sequence[int]) -> tuple[BestStep, BestStep]:
+    """The best single steps for these lengths, on the loss summed over the examples and on its mean."""
+    moments = moments_of(data)
+    summed, averaged = (best_step(moments, lengths, noise=data.noise, mean=mean) for mean in (False, True))
+    return summed, averaged
+
+
+def known_learners(data: InContextRegression, lengths: Sequence[int]) -> dict[str, Learner]:
+    """Learners without a search, by name, each the same for all lengths."""
+    summed, averaged = single_steps(data, lengths)
+    moments = moments_of(data)
+    return {
+        SHARED_STEP: summed.learner(),
+        SHARED_MEAN: averaged.learner(),
+        "preconditioned step": best_preconditioner(moments, lengths, noise=data.noise, mean=False),
+        LEAST_SQUARES: LeastSquares(),
+        "ridge, penalty 1": Ridge(1.0),
+        "averaging": Averaging(float(moments.covariance[0, 0])),
+        "zero": Zero(),
+    }
+
+
+def searched_learners(data: InContextRegression, lengths: Sequence[int], *, draws: int) -> dict[str, Learner]:
+    """Six steps with the rates that have the smallest mean error on `draws` data sets of some of the lengths."""
+    places = torch.linspace(0, len(lengths) - 1, min(len(lengths), _RATE_LENGTHS)).round().long().tolist()
+    some = [lengths[place] for place in places]
+    return {
+        "6 steps, a rate each": best_step_schedules(data, some, 6, draws=draws)[-1],
+        "GD++, 6 steps": best_gd_plus_plus(data, some, 6, draws=draws)[-1],
+    }
+
+
+def _column(
+    models: Mapping[str, HookedTransformer], learners: Mapping[str, Learner], prompts: RegressionPrompts
+) -> dict[str, Tensor]:
+    """Mean errors at one length, and those of the models above the best step's, prompt by prompt."""
+    squares = {name: _answers(model, prompts).sub(prompts.target).square() for name, model in models.items()}
+    known = {name: _learned(learner, prompts).sub(prompts.target).square() for name, learner in learners.items()}
+    per_task = torch.stack(list(squares.values())).double()
+    above = per_task - known[OWN_STEP].double()
+    root = len(prompts) ** 0.5
+    return {
+        "errors": per_task.mean(1),
+        "standard_errors": per_task.std(1) / root,
+        "above": above.mean(1),
+        "above_error": above.std(1) / root,
+        "learner_errors": torch.stack(list(known.values())).double().mean(1),
+    }
+
+
+def _learned(learner: Learner, prompts: RegressionPrompts) -> Float[Tensor, "task"]:
+    weights = learner.weights(prompts.points.double(), prompts.answers.double())
+    return (weights * prompts.query).sum(-1)
+
+
+def _answers(model: HookedTransformer, prompts: RegressionPrompts) -> Float[Tensor, "task"]:
+    with torch.no_grad():
+        parts = [predict(model, part_of(prompts, start)) for start in range(0, len(prompts), _AT_ONCE)]
+    return torch.cat(parts).cpu().double()
+
+
+def part_of(prompts: RegressionPrompts, start: int, size: int = _AT_ONCE) -> RegressionPrompts:
+    """Some of the prompts."""
+    rows = slice(start, start + size)
+    parts = {name: getattr(prompts, name)[rows] for name in ("points", "answers", "query", "target")}
+    return replace(prompts, **parts)

@@ -1,0 +1,284 @@
+"""In-context learning as gradient descent: what trained models do, beside learners that are known."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from hooklens.core.arguments import whole
+from hooklens.core.errors import InputError
+from hooklens.data.regression import InContextRegression
+from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.algorithmic.cost_table import CostTable, MeasuredModel, compare_costs
+from hooklens.plugins.algorithmic.icl import (
+    AttentionRegression,
+    DepthGap,
+    KernelComparison,
+    Learner,
+    LearnerComparison,
+    RankCollapse,
+    RegressionPrompts,
+    ShiftErrors,
+    WeightInterpolation,
+    Zero,
+    compare_learners,
+    compare_with_kernel,
+    draw_prompts,
+    interpolate_weights,
+    measure_depth_gap,
+    measure_rank_collapse,
+    measure_shifts,
+    regress_attention,
+)
+from hooklens.results.result import Result, Table
+from hooklens.studies.icl_errors import (
+    LEAST_SQUARES,
+    OWN_STEP,
+    SHARED_STEP,
+    ErrorsByLength,
+    known_learners,
+    measure_errors,
+    searched_learners,
+)
+
+_COMPARED = 512  # prompts of a comparison of answers and gradients
+_RUN = 64  # prompts whose activations are kept
+_GAP_DRAWS = 2000  # data sets on which the best rates of each depth are searched; seconds
+
+
+@dataclass(frozen=True, eq=False)
+class ICLStudy(Result):
+    """What models trained on in-context regression do, beside learners.
+
+    `errors` are those under the curriculum, `fixed` those of a model at one number of examples, None without one.
+    `comparisons` are on prompts of `at` examples; "fixed" has its own number. `attention` is that of one-layer models,
+    each head of its own; `kernels` compare softmax heads of one layer with a kernel smoother, `interpolations` the
+    weights of linear attention with those of the construction, and `collapses` are those of deeper models.
+    """
+
+    ranked_by = "smallness of the mean error"
+
+    at: int
+    errors: ErrorsByLength
+    fixed: ErrorsByLength | None
+    depths: dict[str, int]
+    comparisons: dict[str, LearnerComparison]
+    attention: dict[str, AttentionRegression]
+    kernels: dict[str, KernelComparison]
+    interpolations: dict[str, WeightInterpolation]
+    shifts: dict[str, ShiftErrors]
+    collapses: dict[str, RankCollapse]
+    costs: CostTable
+    gap: DepthGap | None
+
+    def table(self, n: int | None = None) -> Table:
+        """One row a model: its errors, and the learner that it is closest to."""
+        rows = []
+        for i, model in enumerate(self.errors.models):
+            errors, spread = self.errors.errors[i], self.errors.standard_errors[i]
+            mean, beside = float(errors.mean()), float(spread.square().sum().sqrt() / len(errors))
+            closest, _, _, share, cosine = self.comparisons[model].table(1).rows[0][:5]
+            ratio = mean / self.errors.summed.error
+            rows.append((model, self.depths[model], mean, beside, ratio, self._at(model), closest, share, cosine))
+        rows.sort(key=lambda row: row[2])
+        columns = ("model", "layers", "error", "standard error", "of one step", f"at {self.at}")
+        return Table((*columns, "closest learner", "share", "cosine"), rows).head(n)
+
+    def _at(self, name: str) -> float:
+        return float(self.errors.error_of(name)[self.errors.lengths == self.at][0])
+
+    def figure(self) -> Any:
+        """Errors by the number of examples."""
+        return self.errors.figure()
+
+    @property
+    def findings(self) -> list[str]:
+        """What the numbers say, in sentences."""
+        said = [] if self.fixed is None else [self._fixed_finding(self.fixed)]
+        said += [self._step_finding(model) for model in self.errors.models if self.depths[model] == 1]
+        said += [self._gap_finding(model) for model in self.errors.models]
+        return said if self.gap is None else [*said, f"The best learners by depth: {self.gap.sentence}."]
+
+    def _fixed_finding(self, fixed: ErrorsByLength) -> str:
+        k, excess, error = int(fixed.lengths[0]), float(fixed.excess[0, 0]), float(fixed.excess_errors[0, 0])
+        cosine = _named(self.comparisons["fixed"], OWN_STEP, "cosine")
+        verdict = "within 2 %" if abs(excess) < 0.02 else "NOT within 2 %"
+        return (
+            f"Trained at {k} examples alone, linear attention has an error {excess:+.2%} (standard error {error:.2%}) "
+            f"from that of the best step of gradient descent there: {verdict}. The cosine of their gradients by the "
+            f"query is {cosine:.4f}."
+        )
+
+    def _step_finding(self, model: str) -> str:
+        excess, error = self.errors.mean_excess(model, self.errors.summed)
+        averaged, _ = self.errors.mean_excess(model, self.errors.averaged)
+        compared, heads = self.comparisons[model], self._heads(model)
+        explained = " and ".join(f"{head.r2_within:.1%}" for head in heads)
+        return (
+            f"Over all numbers of examples, {model} has an error {excess:+.1%} (standard error {error:.1%}) from that "
+            f"of the best single step of this mixture on the summed loss, and {averaged:+.1%} from that on the mean "
+            f"loss. With {self.at} examples the cosine of its gradients with those of the summed step is "
+            f"{_named(compared, SHARED_STEP, 'cosine'):.4f}, and inner products explain {explained} of the variance of "
+            f"its attention scores within a prompt.{self._kernel_finding(model)}"
+        )
+
+    def _heads(self, model: str) -> list[AttentionRegression]:
+        return [part for name, part in self.attention.items() if name == model or name.startswith(f"{model}, head ")]
+
+    def _kernel_finding(self, model: str) -> str:
+        """How far softmax attention is from the kernel smoother of its queries and keys."""
+        if model not in self.kernels:
+            return ""
+        kernel = self.kernels[model]
+        away = " and ".join(
+            f"{near:.3f} (equal weights: {equal:.3f})"
+            for near, equal in zip(kernel.kernel.flatten().tolist(), kernel.uniform.flatten().tolist(), strict=True)
+        )
+        smoother = "Nadaraya-Watson weights of the same queries and keys (0: equal, 1: disjoint)"
+        return f" The distance of its patterns is {away} from {smoother}."
+
+    def _gap_finding(self, model: str) -> str:
+        zero, error, least = self.errors.zero, self._at(model), self._at(LEAST_SQUARES)
+        best = float(self.errors.averaged.own_errors[self.errors.lengths == self.at][0])
+        closest, _, _, share = self.comparisons[model].table(1).rows[0][:4]
+        layers = self.depths[model]
+        return (
+            f"With {self.at} examples, {model} ({layers} {'layer' if layers == 1 else 'layers'}) leaves "
+            f"{error / zero:.3g} of the variance unexplained, the best single step {best / zero:.3g}, least squares "
+            f"{least / zero:.2g}. Of the learners, its answers are closest to those of {closest} (mean squared "
+            f"difference {share:.3g} of their mean square)."
+        )
+
+    def report(self) -> Any:
+        """The study as a page."""
+        from hooklens.studies.icl_page import icl_report
+
+        return icl_report(self)
+
+
+def study_in_context(
+    models: Mapping[str, HookedTransformer],
+    data: InContextRegression,
+    *,
+    fixed: tuple[HookedTransformer, InContextRegression] | None = None,
+    at: int | None = None,
+    searched: bool = True,
+    tasks: int = 2048,
+    seed: int = 0,
+) -> ICLStudy:
+    """What do models trained on these data do, beside gradient descent, least squares and others?
+
+    >>> from hooklens.data.regression import in_context_regression
+    >>> from hooklens.plugins.algorithmic.icl import GradientDescent, construct_descent
+    >>> model = construct_descent(GradientDescent((0.2,), mean=False), 2, 3)
+    >>> study = study_in_context({"made by hand": model}, in_context_regression(2, (2, 3)), searched=False, tasks=16)
+    >>> study.at, len(study.table()), len(study.findings)
+    (3, 1, 2)
+
+    `fixed` is a model that was trained at one number of examples, with its data. Comparisons of answers and gradients
+    are on prompts with `at` examples, by default in the middle of the range. `searched` adds six steps of gradient
+    descent and of GD++, and the best learners by depth: a search of their rates, which takes up to a minute.
+
+    References: those of the methods in `hooklens.plugins.algorithmic.icl`.
+    """
+    lengths = list(data.points)
+    at = lengths[len(lengths) // 2] if at is None else whole("at", at, 1)
+    if at not in lengths:
+        raise InputError(f"at is one of the numbers of examples of the data, {lengths[0]} to {lengths[-1]}; got {at}")
+    if not models:
+        raise InputError("study_in_context needs at least one model, by name; got none")
+    learners = known_learners(data, lengths) | (searched_learners(data, lengths, draws=tasks) if searched else {})
+    errors = measure_errors(models, data, learners=learners, tasks=tasks, seed=seed)
+    one_length = replace(data, n_points=at, curriculum=0)
+    prompts = draw_prompts(one_length, min(tasks, _COMPARED), seed=seed + 1)
+    learners = {OWN_STEP: errors.averaged.own_learner(at), **learners}
+    comparisons = {name: _compared(model, prompts, learners) for name, model in models.items()}
+    measured = None
+    if fixed is not None:
+        model, own = fixed
+        measured = measure_errors({"fixed": model}, own, tasks=4 * tasks, seed=seed)
+        own_learners = {OWN_STEP: measured.averaged.learner(), **known_learners(own, list(own.points))}
+        comparisons["fixed"] = _compared(model, draw_prompts(own, min(tasks, _COMPARED), seed=seed + 1), own_learners)
+    return ICLStudy(
+        at=at,
+        errors=errors,
+        fixed=measured,
+        depths={name: model.cfg.n_layers for name, model in models.items()},
+        comparisons=comparisons,
+        shifts={name: _shifted(model, data, one_length, learners, tasks) for name, model in models.items()},
+        costs=compare_costs([_cost(name, model, prompts, errors, comparisons) for name, model in models.items()]),
+        gap=measure_depth_gap(one_length, draws=min(_GAP_DRAWS, 10 * tasks), seed=seed) if searched else None,
+        **_insides(models, prompts, learners[SHARED_STEP]),
+    )
+
+
+def _insides(
+    models: Mapping[str, HookedTransformer], prompts: RegressionPrompts, step: Learner
+) -> dict[str, dict[str, Any]]:
+    """What is read off activations and weights, by the kind of the model."""
+    shallow = {name: model for name, model in models.items() if model.cfg.n_layers == 1}
+    linear = {name: model for name, model in shallow.items() if model.cfg.score_fn.name == "linear"}
+    deep = {name: model for name, model in models.items() if name not in shallow}
+    tokens = prompts.tokens()[:_RUN]
+    attention = {
+        f"{name}, head {head}" if model.cfg.n_heads > 1 else name: regress_attention(model, prompts, head=head)
+        for name, model in shallow.items()
+        for head in range(model.cfg.n_heads)
+    }
+    return {
+        "attention": attention,
+        "kernels": {
+            name: compare_with_kernel(model, tokens.to(model.W_U))
+            for name, model in shallow.items()
+            if name not in linear
+        },
+        "interpolations": {name: interpolate_weights(model, prompts, step) for name, model in linear.items()},
+        "collapses": {name: measure_rank_collapse(model, tokens.to(model.W_U)) for name, model in deep.items()},
+    }
+
+
+def _shifted(
+    model: HookedTransformer,
+    data: InContextRegression,
+    one_length: InContextRegression,
+    learners: Mapping[str, Learner],
+    tasks: int,
+) -> ShiftErrors:
+    """Points of other scales, longer prompts where the model reads them, and other dimensions."""
+    longer = [k for k in (3 * data.points[-1] // 2, 2 * data.points[-1]) if k < model.cfg.n_ctx]
+    shown = [learners[name] for name in (SHARED_STEP, LEAST_SQUARES)]
+    dims = (max(1, data.d // 2), data.d + data.d // 2)
+    return measure_shifts(model, one_length, shown, lengths=longer, dims=dims, tasks=min(tasks, _COMPARED))
+
+
+def _cost(
+    name: str,
+    model: HookedTransformer,
+    prompts: RegressionPrompts,
+    errors: ErrorsByLength,
+    comparisons: Mapping[str, LearnerComparison],
+) -> MeasuredModel:
+    """A row of the table of costs; what a model implements is said by the learner that its answers are closest to."""
+    closest, _, _, share, cosine = comparisons[name].table(1).rows[0][:5]
+    return MeasuredModel(
+        name=name,
+        model=model,
+        inputs=prompts.tokens().to(model.W_U),
+        measure="MSE",
+        value=float(errors.error_of(name).mean()),
+        implements=f"closest to {closest}: difference {share:.3g} of its mean square, cosine {cosine:.4f}",
+    )
+
+
+def _compared(
+    model: HookedTransformer, prompts: RegressionPrompts, learners: Mapping[str, Learner]
+) -> LearnerComparison:
+    """Of all learners but the answer 0, which has no gradient and no size to compare with."""
+    named = {name: learner for name, learner in learners.items() if not isinstance(learner, Zero)}
+    return replace(compare_learners(model, prompts, list(named.values())), learners=list(named))
+
+
+def _named(compared: LearnerComparison, learner: str, quantity: str) -> float:
+    values: torch.Tensor = getattr(compared, quantity)
+    return float(values[compared.learners.index(learner)])
