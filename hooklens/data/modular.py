@@ -57,7 +57,7 @@ class Modular(TrainingData):
         """The pairs (a, b) of training and the held-out ones: together all p x p, each once."""
         order = torch.randperm(self.p**2, generator=seeded(self.seed))
         every = torch.stack([order // self.p, order % self.p], 1)
-        n = n_trained(self.p, self.fraction)
+        n = share_of(self.p**2, self.fraction)
         return every[:n], every[n:]
 
     @cached_property
@@ -120,15 +120,6 @@ class Modular(TrainingData):
             "seed": self.seed,
         }
         return known | {"shuffled": True} if self.shuffled else known
-
-
-def n_trained(p: int, fraction: float) -> int:
-    """The number of training pairs: the fraction of all, rounded down.
-
-    >>> n_trained(113, 0.3), n_trained(10, 0.29)          # 3830.7, and 29 that a product of floats just misses
-    (3830, 29)
-    """
-    return share_of(p**2, fraction)
 
 
 def modular_arithmetic(

@@ -5,7 +5,7 @@ from typing import Any
 
 from hooklens.core.arguments import real, whole
 from hooklens.core.errors import ArgumentError
-from hooklens.data.modular import n_trained
+from hooklens.data.modular import share_of
 from hooklens.plugins.algorithmic.grokking.grokking_step import BOUND
 from hooklens.plugins.algorithmic.grokking.norm_drop import NO_DECAY, SHUFFLED
 from hooklens.training.run_recipe import Recipe
@@ -115,9 +115,9 @@ def check_table_size(p: int, fraction: float, *, prime: bool = True) -> None:
             "that shares a factor with p cannot tell all answers apart, and key frequencies are not comparable",
             *(p, below, above),
         )
-    if not 0 < real("fraction", fraction) <= 1 or n_trained(p, fraction) < 1:
+    if not 0 < real("fraction", fraction) <= 1 or share_of(p**2, fraction) < 1:
         raise ArgumentError("{fraction} is the share of all {0} pairs to train on; got {1}", p**2, fraction)
-    if n_trained(p, fraction) >= p**2:
+    if share_of(p**2, fraction) >= p**2:
         raise ArgumentError(
             "{fraction} {0} leaves no pair of {1} to test on, and a run without held-out pairs cannot be seen to grok; "
             "give less than 1, such as 0.3",
