@@ -18,6 +18,7 @@ from hooklens.core.arguments import check_call
 from hooklens.core.errors import ArgumentError, InputError, WrongType
 from hooklens.core.padding import PaddedTensor, columns, first_real
 from hooklens.core.precision import widened
+from hooklens.model.config import VectorEmbed
 from hooklens.model.ids import as_ids, as_mask, show
 from hooklens.model.transformer import HookedTransformer, need_hooked
 from hooklens.results.result_file import Kept
@@ -36,6 +37,16 @@ def need_metric(metric: Any) -> Any:
         )
     check_call("metric", metric, "logits")
     return metric
+
+
+def need_distribution(model: HookedTransformer, asker: str) -> None:
+    """Raise for a model with one output number: its softmax is 1 whatever the model computes."""
+    need_hooked(model, asker)
+    if model.cfg.d_vocab_out < 2:
+        raise InputError(
+            f"{asker} needs probabilities of several tokens, and this model's output is one number; use "
+            "hl.prediction(model), or hl.squared_error(model, target=...)"
+        )
 
 
 def need_pairs(made_for: int, n: int) -> None:
@@ -89,6 +100,8 @@ class AtPosition(Kept, ABC):
                 f"the fields of {type(self).__name__} have one row for each pair, or one for all; got "
                 + ", ".join(f"{n} for {name}" for name, n in rows.items())
             )
+        # one row per pair if any field has: a part of the pairs is then a part of the rows
+        object.__setattr__(self, "pos", self.pos.expand(max(rows.values())))
 
     def __call__(self, logits: Float[Tensor, "pair pos d_vocab"]) -> Values:
         """One value a pair, from full logits."""
@@ -232,6 +245,68 @@ class MinusLoss(AtPosition):
         return log_probs.masked_fill(~counted, 0.0).sum(1) / n
 
 
+@dataclass(frozen=True, eq=False)
+class Prediction(AtPosition):
+    """One number of the output, as it is: the prediction of a model with one output number."""
+
+    output: Int[Tensor, "pair"]
+
+    def read_tokens(self) -> Int[Tensor, "pair token"]:
+        return self.output[:, None]
+
+    def on_read(self, logits: Read) -> Values:
+        return widened(logits[:, 0, 0])
+
+
+@dataclass(frozen=True, eq=False)
+class MinusSquaredError(AtPosition):
+    """Minus the squared error of the output to a target, mean over the numbers of the output."""
+
+    target: Float[Tensor, "pair d_out"]
+
+    def on_read(self, logits: Read) -> Values:
+        read = widened(logits[:, 0])
+        return -(read - self.target.to(read)).square().mean(-1)
+
+
+def prediction(model: HookedTransformer, *, pos: Positions = -1, output: int = 0) -> Prediction:
+    """What number does the model predict? For models whose output is a number, such as one of regression.
+
+    It reads one number at one position, so that a sweep computes only this.
+
+    >>> from hooklens.testing import tiny_model
+    >>> metric = prediction(tiny_model(embed={"part": "vectors", "d_in": 3}, d_vocab_out=1))
+    >>> metric(torch.tensor([[[0.5], [2.0]]]))             # two positions, one output number
+    tensor([2.])
+    """
+    return Prediction(*_one_a_pair(pos=_positions(pos), output=answer_ids(model, output, "output")))
+
+
+def squared_error(model: HookedTransformer, *, target: Any, pos: Positions = -1) -> MinusSquaredError:
+    """Minus the squared error of the prediction to `target` (minus, so that higher is better).
+
+    `target` is one number for all pairs, one per pair, or `[pair d_out]` for a model with several output numbers.
+
+    >>> from hooklens.testing import tiny_model
+    >>> model = tiny_model(embed={"part": "vectors", "d_in": 3}, d_vocab_out=1)
+    >>> squared_error(model, target=[0.5, 3.0])(torch.tensor([[[0.5]], [[2.0]]]))
+    tensor([-0., -1.])
+    """
+    need_hooked(model, "squared_error(model, target=...), which makes a metric of the output,")
+    n, what = model.cfg.d_vocab_out, "target is one number, one per pair, or numbers [pair d_out]"
+    try:
+        given = torch.as_tensor(target, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise WrongType(f"{what}; got {target!r:.60}") from error
+    numbers, at = given.reshape(-1, 1) if given.ndim < 2 else given, _positions(pos).reshape(-1)
+    if numbers.ndim != 2 or numbers.shape[1] != n or not bool(numbers.isfinite().all()) or not len(numbers):
+        raise InputError(f"{what}, finite, with d_out {n} for this model; got {list(given.shape)}: {target!r:.60}")
+    n_pairs = max(len(at), len(numbers))
+    if {len(at), len(numbers)} - {1, n_pairs}:
+        raise InputError(f"target and pos are one for all pairs or one per pair, got {len(numbers)} and {len(at)}")
+    return MinusSquaredError(at.expand(n_pairs), numbers.expand(n_pairs, n))
+
+
 def logit_diff(model: HookedTransformer, *, answer: Answers, wrong_answer: Answers, pos: Positions = -1) -> LogitDiff:
     """How much does the model prefer `answer` to `wrong_answer`, as a difference of logits? One answer or one per pair.
 
@@ -250,11 +325,13 @@ def logit_diff(model: HookedTransformer, *, answer: Answers, wrong_answer: Answe
 
 def prob(model: HookedTransformer, *, answer: Answers, pos: Positions = -1) -> Prob:
     """What probability does the model give to `answer`? Between 0 and 1."""
+    need_distribution(model, "prob")
     return Prob(*_one_a_pair(pos=_positions(pos), answer=answer_ids(model, answer)))
 
 
 def log_prob(model: HookedTransformer, *, answer: Answers, pos: Positions = -1) -> LogProb:
     """What log-probability does the model give to `answer`? In nats."""
+    need_distribution(model, "log_prob")
     return LogProb(*_one_a_pair(pos=_positions(pos), answer=answer_ids(model, answer)))
 
 
@@ -267,6 +344,7 @@ def kl(model: HookedTransformer, reference: Any, *, pos: int = -1, attention_mas
     True
     """
     need_hooked(model, "kl(model, reference), which makes a metric of logits,")
+    need_distribution(model, "kl")
     with torch.no_grad():
         logits = model(reference, logits_at=pos, attention_mask=attention_mask)[:, 0]
         log_probs = widened(logits).log_softmax(-1)
@@ -293,6 +371,10 @@ def loss(model: HookedTransformer, tokens: Any, *, attention_mask: Any = None) -
     Each prompt's mean is over its own tokens. Texts may differ in length; padded ids need their mask.
     """
     need_hooked(model, "loss(model, tokens), which makes a metric of logits,")
+    if isinstance(model.cfg.embed, VectorEmbed):
+        raise InputError(
+            "loss is over the next token, and this model reads vectors; use hl.squared_error(model, target=...)"
+        )
     texts = [tokens] if isinstance(tokens, str) else tokens
     if isinstance(texts, list | tuple) and texts and isinstance(texts[0], str):
         ids, attention_mask = model.to_tokens(list(texts), return_mask=True)

@@ -11,7 +11,7 @@ from hooklens.core.hooks import HookCall, HookedModule, HookPoint
 from hooklens.core.names import Site, site
 from hooklens.core.wrapping import wrap
 from hooklens.data.prompt_pairs import PromptPairs
-from hooklens.metrics import kl, log_prob, logit_diff, loss, prob, recovered
+from hooklens.metrics import kl, log_prob, logit_diff, loss, prediction, prob, recovered, squared_error
 from hooklens.model.attention import differentiable_attention
 from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.factored import FactoredMatrix
@@ -85,12 +85,14 @@ __all__ = [
     "patch",
     "patching",
     "path_patch",
+    "prediction",
     "prob",
     "probing",
     "recovered",
     "save",
     "scratch",
     "site",
+    "squared_error",
     "steer",
     "steering",
     "studies",

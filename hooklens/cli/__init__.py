@@ -2,7 +2,8 @@
 
 # isort: off
 from hooklens.cli import patch_command, models_command, plugins_command, lens_command  # noqa: F401
-from hooklens.cli import heads_command, circuit_command, probe_command, train_command, register_command  # noqa: F401
+from hooklens.cli import heads_command, circuit_command, probe_command, train_command, grok_command  # noqa: F401
+from hooklens.cli import register_command  # noqa: F401
 from hooklens.cli.base import BAD_INPUT, FAILED, INTERRUPTED, MISSING, OK, app, main
 
 __all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "MISSING", "OK", "app", "main"]

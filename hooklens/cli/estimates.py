@@ -6,7 +6,7 @@ They are meant to distinguish a minute from an hour.
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,10 +16,12 @@ from hooklens.pretrained.model_check import random_inputs
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
     from hooklens.plugins import PluginInfo
+    from hooklens.training.run_recipe import Recipe
 
 _WORTH_SAYING = 60  # seconds
 _TIMED = 256  # tokens of the timed pass: with few, a token takes longer than in a sweep
 _PASSES, _TIMING = 7, 2.0  # at most so many timed passes, and none begun after so many seconds of them
+_STEPS_TIMED = 4  # of training
 _DEMO_TOKENS = 64  # of the prompts of a demo
 _CANDIDATES = 20  # heads that the demo patches in every pair
 # shares of heads, measured on SmolLM2: those with attention to a kind of key above chance; those that suppress a token
@@ -130,3 +132,13 @@ def _seconds_of_a_pass(model: "HookedTransformer", inputs: Tensor) -> float:
             float(model(inputs, logits_at=-1).flatten()[0])  # waits for a device that runs ahead
             seconds.append(time.perf_counter() - begin)
     return min(seconds)
+
+
+def of_training(recipe: "Recipe", device: Any = None) -> float:
+    """Seconds of one training step of a recipe: the least of a few, taken in a temporary folder."""
+    from hooklens.training.loop import train
+
+    short = recipe.changed(training={"steps": _STEPS_TIMED, "evaluate": 1, "checkpoints": 1})
+    data = short.load_data()
+    run = train(short.load_model(data, device=device), data, steps=_STEPS_TIMED, settings=short.settings(), show=False)
+    return float(run.steps()["seconds"].min())

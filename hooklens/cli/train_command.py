@@ -23,12 +23,12 @@ _TOKENIZER = "characters, bytes or byte_pairs; for texts."
 
 @dataclass(frozen=True)
 class RecipeOptions:
-    """The settings that people change most. Left out, they are those of the settings file, or the defaults."""
+    """The settings that people change most. Left out, they are those of the settings file, or the task's defaults."""
 
-    steps: Annotated[int | None, typer.Option(help="Steps to train; by default 2000.")] = None
-    batch: Annotated[int | None, typer.Option(help="Rows of a step; by default 32.")] = None
+    steps: Annotated[int | None, typer.Option(help="Steps to train; by default 2000 in most tasks.")] = None
+    batch: Annotated[int | None, typer.Option(help="Rows of a step; by default 32 in most tasks.")] = None
     lr: Annotated[float | None, typer.Option(help="The learning rate; by default 0.001.")] = None
-    layers: Annotated[int | None, typer.Option(help="Blocks of the model; by default 4.")] = None
+    layers: Annotated[int | None, typer.Option(help="Blocks of the model; by default 4 in most tasks.")] = None
     d_model: Annotated[int | None, typer.Option(help="Its width; by default 128.")] = None
     heads: Annotated[int | None, typer.Option(help="Attention heads of a layer; by default 4.")] = None
     window: Annotated[int | None, typer.Option(help="Tokens of a row; for texts.")] = None

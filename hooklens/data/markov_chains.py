@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from hooklens.core.arguments import real, seed_number, whole
 from hooklens.core.envelope import digest
 from hooklens.core.errors import InputError
 from hooklens.data.batches import Batch, TrainingData, drawn_for, next_token_batch
+
+if TYPE_CHECKING:
+    from hooklens.pretrained.tokenizer import Tokenizer
 
 Transitions = Float[Tensor, "state next_state"]
 _EVALUATED = 64  # held-out sequences
@@ -37,6 +40,13 @@ class MarkovSource(TrainingData):
     def vocabulary(self) -> list[str]:
         """What each token stands for: the number of its state."""
         return [str(state) for state in range(self.d_vocab)]
+
+    @cached_property
+    def tokenizer(self) -> "Tokenizer":
+        """Reads and writes states with spaces between them, such as `0 3 1`."""
+        from hooklens.data.vocabularies import spaced_tokenizer
+
+        return spaced_tokenizer(self.vocabulary)
 
     @cached_property
     def stationary(self) -> Float[Tensor, "state"]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -13,7 +13,10 @@ from torch import Tensor
 
 from hooklens.core.arguments import seed_number, seeded, whole
 from hooklens.core.errors import ArgumentError, did_you_mean
-from hooklens.data.batches import Batch, TrainingData, epoch_rows
+from hooklens.data.batches import Batch, TrainingData, drawn_for, epoch_rows
+
+if TYPE_CHECKING:
+    from hooklens.pretrained.tokenizer import Tokenizer
 
 SIGNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"+": torch.add, "-": torch.sub, "x": torch.mul}
 
@@ -22,13 +25,15 @@ SIGNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"+": torch.add, "-": tor
 class Modular(TrainingData):
     """The table of an operation modulo `p`. Tokens 0 to p - 1 are numbers, `p` the equals sign.
 
-    The pairs are shuffled once by the seed; the first share of them is for training, the rest is held out.
+    The pairs are shuffled once by the seed; the first share of them is for training, the rest is held out. With
+    `shuffled` the answers of the table are permuted, by the same seed: a control in which there is no rule to find.
     """
 
     p: int
     operation: str
     fraction: float
     seed: int
+    shuffled: bool = False
 
     @property
     def d_vocab(self) -> int:
@@ -41,16 +46,33 @@ class Modular(TrainingData):
         return [*map(str, range(self.p)), "="]
 
     @cached_property
+    def tokenizer(self) -> "Tokenizer":
+        """Reads and writes prompts with spaces between the tokens, such as `3 4 =`."""
+        from hooklens.data.vocabularies import spaced_tokenizer
+
+        return spaced_tokenizer(self.vocabulary)
+
+    @cached_property
     def pairs(self) -> tuple[Int[Tensor, "train_pair 2"], Int[Tensor, "held_out_pair 2"]]:
         """The pairs (a, b) of training and the held-out ones: together all p x p, each once."""
         order = torch.randperm(self.p**2, generator=seeded(self.seed))
         every = torch.stack([order // self.p, order % self.p], 1)
-        n = n_trained(self.p, self.fraction)
+        n = share_of(self.p**2, self.fraction)
         return every[:n], every[n:]
+
+    @cached_property
+    def table(self) -> Int[Tensor, "a b"]:
+        """The answer to every pair (a, b)."""
+        numbers = torch.arange(self.p)
+        answers = SIGNS[self.operation](numbers[:, None], numbers[None]) % self.p
+        if not self.shuffled:
+            return answers
+        order = torch.randperm(self.p**2, generator=drawn_for(self.seed, "shuffled answers"))
+        return answers.flatten()[order].view(self.p, self.p)
 
     def answers(self, pairs: Int[Tensor, "some 2"]) -> Int[Tensor, "some"]:
         """The answer of each pair."""
-        return SIGNS[self.operation](pairs[:, 0], pairs[:, 1]) % self.p
+        return self.table[pairs[:, 0], pairs[:, 1]]
 
     def examples(self, pairs: Int[Tensor, "pair 2"]) -> Batch:
         """Prompts "a b =" with the answer at the last position, the only one that counts."""
@@ -78,6 +100,11 @@ class Modular(TrainingData):
 
     def description(self) -> str:
         """What there is to learn."""
+        if self.shuffled:
+            return (
+                f"the answers of a {self.operation} b modulo {self.p}, permuted over the table, from "
+                f"{self.fraction:.0%} of all {self.p**2} pairs: a control in which no rule answers the others"
+            )
         return (
             f"a {self.operation} b modulo {self.p}, from {self.fraction:.0%} of all {self.p**2} pairs; the others can "
             "only be answered by a rule"
@@ -85,26 +112,23 @@ class Modular(TrainingData):
 
     def identity(self) -> dict[str, Any]:
         """What identifies the data."""
-        return {
+        known = {
             "task": "modular",
             "p": self.p,
             "operation": self.operation,
             "fraction": self.fraction,
             "seed": self.seed,
         }
-
-
-def n_trained(p: int, fraction: float) -> int:
-    """The number of training pairs: the fraction of all, rounded down.
-
-    >>> n_trained(113, 0.3), n_trained(10, 0.29)          # 3830.7, and 29 that a product of floats just misses
-    (3830, 29)
-    """
-    return share_of(p**2, fraction)
+        return known | {"shuffled": True} if self.shuffled else known
 
 
 def modular_arithmetic(
-    p: int = 113, *, operation: Literal["+", "-", "x"] = "+", fraction: float = 0.3, seed: int = 0
+    p: int = 113,
+    *,
+    operation: Literal["+", "-", "x"] = "+",
+    fraction: float = 0.3,
+    seed: int = 0,
+    shuffled: bool = False,
 ) -> Modular:
     """Addition, subtraction or multiplication modulo `p`, with a fraction of all pairs to train on.
 
@@ -112,13 +136,18 @@ def modular_arithmetic(
     >>> [len(pairs) for pairs in data.pairs], data.d_vocab
     ([20, 5], 6)
 
+    `shuffled` permutes the answers over the whole table: each answer is as frequent as before, the training pairs can
+    be memorised as well, and nothing can be known about the others.
+
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 3.
     """
     whole("p", p, 2)
     seed_number(seed)
     if operation not in SIGNS:
         raise did_you_mean("operation", operation, SIGNS)
-    return Modular(p, operation, check_fraction(fraction, p**2), seed)
+    if not isinstance(shuffled, bool):
+        raise ArgumentError("{shuffled} is True or False, got {0}", f"{shuffled!r:.60}")
+    return Modular(p, operation, check_fraction(fraction, p**2), seed, shuffled)
 
 
 def check_fraction(fraction: Any, n_pairs: int) -> float:
@@ -139,7 +168,7 @@ def check_fraction(fraction: Any, n_pairs: int) -> float:
 def share_of(n_pairs: int, fraction: float) -> int:
     """A share of a number of pairs, rounded down.
 
-    >>> share_of(100, 0.29)          # 29 that a product of floats just misses
-    29
+    >>> share_of(12769, 0.3), share_of(100, 0.29)          # 3830.7, and 29 that a product of floats just misses
+    (3830, 29)
     """
     return math.floor(round(fraction * n_pairs, 6))

@@ -100,7 +100,7 @@ class RegressionFile(TrainingData):
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModularTriples(Modular):
     """Triples (a, b, c) of a file, as prompts "a b =" with the answer c.
 
@@ -117,6 +117,12 @@ class ModularTriples(Modular):
         pairs = self.triples[order, :2]
         n = share_of(len(pairs), self.fraction)
         return pairs[:n], pairs[n:]
+
+    @cached_property
+    def table(self) -> Int[Tensor, "a b"]:
+        """The answer to every pair; refused if the file lacks some."""
+        numbers = torch.arange(self.p)
+        return self.answers(torch.cartesian_prod(numbers, numbers)).view(self.p, self.p)
 
     @cached_property
     def _sorted(self) -> tuple[Int[Tensor, "pair"], Int[Tensor, "pair"]]:

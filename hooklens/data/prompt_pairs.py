@@ -7,11 +7,11 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from hooklens.core.errors import ArgumentError, InputError, OutOfRange, WrongType, did_you_mean
-from hooklens.data.prompts import Prompts, read_pairs, rows_of
+from hooklens.data.prompts import Prompts, read_pairs, reads_vectors, rows_of
 from hooklens.metrics import Answers, ReadingMetric, logit_diff, need_metric, need_pairs
 from hooklens.model.transformer import HookedTransformer
 from hooklens.results.result import Result, Table
@@ -20,7 +20,7 @@ from hooklens.results.statistics import halves
 
 @dataclass(frozen=True, eq=False)
 class PromptPairs(Result):
-    """Clean and corrupted prompts, as texts or token ids, with the metric or the answers that score a model.
+    """Clean and corrupted prompts, as texts, token ids or vectors, with the metric or answers that score a model.
 
     >>> pairs = PromptPairs(["a b", "c d", "e f"], ["a x", "c x", "e x"], answer=[" 1", " 2", " 3"], wrong_answer=" 0")
     >>> len(pairs), pairs[1].clean, pairs[:2].answer, pairs[-1].wrong_answer
@@ -98,6 +98,11 @@ class PromptPairs(Result):
         """The pairs' metric, or the logit difference of their answers if they have none."""
         if self.metric is not None:
             return self.metric
+        if self.answer is None and reads_vectors(model):
+            raise ArgumentError(
+                "{metric} is missing; give a function of the model's output such as hl.prediction(model), or "
+                "hl.squared_error(model, target=...)"
+            )
         if self.answer is None:
             raise ArgumentError(
                 "{metric} is missing, and the pairs hold no answers; give a function of logits such as "
@@ -105,8 +110,10 @@ class PromptPairs(Result):
             )
         return logit_diff(model, answer=self.answer, wrong_answer=self.wrong_answer)
 
-    def tokens(self, model: HookedTransformer) -> tuple[Int[Tensor, "pair pos"], Int[Tensor, "pair pos"]]:
-        """Clean and corrupted token ids; all prompts must have the same length."""
+    def tokens(
+        self, model: HookedTransformer
+    ) -> tuple[Shaped[Tensor, "pair pos *d_in"], Shaped[Tensor, "pair pos *d_in"]]:
+        """Clean and corrupted token ids (or vectors); all prompts must have the same length."""
         (group,) = read_pairs(model, self.clean, self.corrupted, ("pos",))
         return group.clean, group.corrupted
 
@@ -199,7 +206,8 @@ def _check_length(name: str, column: Any, n: int) -> None:
 def _listed(prompts: Any) -> Any:
     """The prompts as a list; a text or a row of token ids is a single prompt."""
     if isinstance(prompts, Tensor):
-        return torch.atleast_2d(prompts)
+        is_one = prompts.ndim == (2 if prompts.is_floating_point() else 1)  # vectors [pos d_in], or token ids [pos]
+        return prompts[None] if is_one else torch.atleast_2d(prompts)
     if isinstance(prompts, str):
         return [prompts]
     try:
@@ -252,5 +260,7 @@ def _some(column: Any, rows: list[int]) -> Any:
 
 def _shown(value: Any) -> Any:
     """Format a prompt, an answer or a group as a cell of a table."""
+    if isinstance(value, Tensor) and value.ndim == 2:
+        return f"{len(value)} vectors of {value.shape[1]} numbers"
     plain = value.tolist() if hasattr(value, "tolist") else value
     return plain if isinstance(plain, str | int) else str(list(plain))

@@ -83,7 +83,8 @@ def repeated_tokens(
     if isinstance(source, HookedTransformer):
         if not isinstance(source.cfg.embed, TokenEmbed):
             raise InputError(
-                "repeated tokens need a model that reads tokens, and this model reads vectors; give prompts"
+                "repeated tokens need a model that reads tokens, and this model reads vectors; give prompts to a "
+                "method that takes them, such as hl.heads.score_heads(model, prompts)"
             )
         usable, first = _usable(source)
         return _drawn(_Plan(usable, first, source.cfg.n_ctx), n, length, period, seed).to(source.device)

@@ -11,6 +11,7 @@ from hooklens.pretrained.tokenizer import Tokenizer
 
 _N_BYTES = 256
 _CHARACTER = r"[\s\S]"
+_SPACED = r"\S+"
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,21 @@ def word_tokenizer(words: Sequence[str], pattern: str = _CHARACTER) -> WordToken
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     backend.decoder = decoders.Fuse()
     return WordTokenizer(backend, pattern=pattern)
+
+
+def spaced_tokenizer(words: Sequence[str]) -> WordTokenizer:
+    """One token for each of the given words, which are written with spaces between, such as numbers.
+
+    >>> numbers = spaced_tokenizer(["0", "1", "2", "="])
+    >>> numbers.encode("1 2 ="), numbers.to_string([1, 2, 3])
+    ([1, 2, 3], '1 2 =')
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers
+
+    backend = Backend(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=""))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # without a decoder, tokens are joined by spaces
+    return WordTokenizer(backend, pattern=_SPACED)
 
 
 def character_tokenizer(characters: Sequence[str]) -> WordTokenizer:

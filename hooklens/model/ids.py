@@ -69,11 +69,15 @@ def as_mask(mask: Any, device: torch.device | str | None = None) -> Bool[Tensor,
 
 
 def show(model: "HookedTransformer", ids: Any) -> list[str]:
-    """Each token as text, or as its number if the model has no tokenizer."""
+    """Each token as text, or as its number if the model has no tokenizer; vectors [pos d_in] by their position."""
     ids = torch.as_tensor(ids)
+    if ids.is_floating_point():
+        return [f"vector {pos}" for pos in range(len(ids))]
     return [str(int(i)) for i in ids] if model.tokenizer is None else model.to_str_tokens(ids)
 
 
 def show_text(model: "HookedTransformer", ids: Any) -> str:
-    """A row of tokens as one text, or as numbers with spaces if the model has no tokenizer."""
+    """A row of tokens as one text, or as numbers with spaces if the model has no tokenizer; vectors by their number."""
+    if torch.as_tensor(ids).is_floating_point():
+        return f"{len(ids)} vectors"
     return (" " if model.tokenizer is None else "").join(show(model, ids))

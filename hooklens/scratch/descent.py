@@ -114,6 +114,8 @@ class Trainer:
 
     def _change(self, parameter: Tensor, gradient: Tensor, key: tuple[int, str], rate: float) -> None:
         """Let the rule change one parameter in place. It sees vectors, and keeps its own (momentum) by name."""
-        values, grads = parameter.view(-1), gradient.reshape(-1).clone()
+        values, change = parameter.view(-1), gradient.reshape(-1).clone()
         kept = self._kept.setdefault(key, {slot: torch.zeros_like(values) for slot in self.rule.kept})
-        self.rule.step(values, grads, kept, t=self.steps_done, rate=rate, spans=[slice(0, len(values))])
+        self.rule.prepare(change, values, kept, [slice(0, len(values))])
+        self.rule.change(change, values, kept, self.steps_done, rate)  # the gradient becomes the change
+        values.add_(change)

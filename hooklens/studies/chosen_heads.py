@@ -3,8 +3,8 @@
 from typing import Any
 
 from hooklens.data.demo_prompts import demo_texts
-from hooklens.data.prompts import Prompts
-from hooklens.metrics import loss
+from hooklens.data.prompts import Prompts, reads_vectors
+from hooklens.metrics import loss, prediction
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.ablation import ablate
 from hooklens.results.claims import HeldOutEffects
@@ -24,7 +24,11 @@ def choose_heads(model: HookedTransformer, tokens: Prompts, metric: Any, *, k: i
 
 
 def demo(model: HookedTransformer) -> HeldOutEffects:
-    """Which heads change the loss most when set to zero? Chosen on half of twelve prompts, reported on the rest."""
+    """Which heads change the loss most when set to zero? Chosen on half of twelve prompts, reported on the rest.
+
+    For a model that reads vectors, the prediction takes the place of the loss.
+    """
     tokens = demo_texts(model, 12, 8)
     with engine(progress=False, verify=0):
-        return choose_heads(model, tokens, loss(model, tokens), k=min(4, model.cfg.n_layers * model.cfg.n_heads))
+        metric = prediction(model) if reads_vectors(model) else loss(model, tokens)
+        return choose_heads(model, tokens, metric, k=min(4, model.cfg.n_layers * model.cfg.n_heads))

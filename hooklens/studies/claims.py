@@ -3,18 +3,19 @@
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Shaped
 from torch import Tensor
 
 from hooklens.core.component import head_name
 from hooklens.data.demo_prompts import demo_texts
-from hooklens.metrics import loss
+from hooklens.data.prompts import reads_vectors
+from hooklens.metrics import loss, prediction
 from hooklens.model.transformer import HookedTransformer
 from hooklens.results.claims import ClaimFamily, Measured, claim, family
 
 
 def zero_heads(
-    model: HookedTransformer, tokens: Int[Tensor, "prompt pos"], metric: Any, *, layer: int = 0
+    model: HookedTransformer, tokens: Shaped[Tensor, "prompt pos *d_in"], metric: Any, *, layer: int = 0
 ) -> ClaimFamily:
     """Does a head of this layer matter? Each is set to zero, and its effect is compared with the next head's.
 
@@ -50,6 +51,6 @@ def _zero(head: int) -> Any:
 
 
 def demo(model: HookedTransformer) -> ClaimFamily:
-    """Does a head of the first layer matter for the loss on six short prompts?"""
+    """Does a head of the first layer matter for the loss on six short prompts, or for the prediction on vectors?"""
     tokens = demo_texts(model, 6, 8)
-    return zero_heads(model, tokens, loss(model, tokens))
+    return zero_heads(model, tokens, prediction(model) if reads_vectors(model) else loss(model, tokens))

@@ -11,13 +11,14 @@ from torch import Tensor
 from hooklens.core.component import Component, head_names
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs
-from hooklens.data.prompts import rows_of
+from hooklens.data.prompts import need_tokens, rows_of
 from hooklens.metrics import answer_ids
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.head_ranking import head_map, head_table
 from hooklens.plugins.lens.logit_attribution import direct_logit_attribution
 from hooklens.plugins.patching.activation import PatchSweep, patch
+from hooklens.plugins.weights.needs import Needs, needs_tokens
 from hooklens.results.claims import HeldOutEffects, held_out_top
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import INTERVAL_TERMS, group_numbers, mean_interval
@@ -135,6 +136,7 @@ def study_heads(
     Reference: Wang et al. (2022), "Interpretability in the Wild"; Zhang and Nanda (2024), "Towards Best Practices of
     Activation Patching in Language Models" (corrupted into clean).
     """
+    need_tokens(model, "study_heads", "hl.patch(model, pairs, site='z') and hl.ablate read vectors")
     group = group_numbers(len(pairs), pairs.group)
     sweep = patch(model, pairs, site="z", value="corrupted")
     rows = rows_of(model, pairs.clean, "clean")
@@ -176,6 +178,6 @@ def _attention(
     return to_answer, to_wrong
 
 
-def demo(model: HookedTransformer) -> HeadStudy:
+def demo(model: HookedTransformer) -> HeadStudy | Needs:
     """Four short prompt pairs; token numbers where the model has no tokenizer."""
-    return study_heads(model, demo_pairs(model, 4))
+    return needs_tokens(model) or study_heads(model, demo_pairs(model, 4))

@@ -12,7 +12,7 @@ from torch import Tensor
 from hooklens.core.arguments import several
 from hooklens.core.errors import ArgumentError
 from hooklens.data.demo_prompts import demo_pairs
-from hooklens.data.prompts import Prompts, rows_of
+from hooklens.data.prompts import Prompts, need_tokens, rows_of
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens.layer_lens import LogitLens, logit_lens
 from hooklens.plugins.lens.logit_attribution import LogitAttribution, direct_logit_attribution
@@ -157,6 +157,7 @@ def study_lens(
 
     Reference: those of `logit_lens`, `trajectory` and `direct_logit_attribution`.
     """
+    need_tokens(model, "study_lens", "hl.lens.prediction_lens and direct_logit_attribution read vectors")
     rows = rows_of(model, prompts, "prompts")
     number = group_numbers(len(rows), group)
     names = [f"prompt {i}" for i in range(1, len(rows) + 1)] if names is None else several("names", names)
@@ -184,5 +185,5 @@ def study_lens(
 
 def demo(model: HookedTransformer) -> LensStudy | Needs:
     """Four short prompts; token numbers where the model has no tokenizer."""
-    lacks, pairs = lacking(model, tokens=False), demo_pairs(model, 4)
+    lacks, pairs = lacking(model), demo_pairs(model, 4)
     return lacks or study_lens(model, pairs.clean, answer=pairs.answer, wrong_answer=pairs.wrong_answer, shown=1)

@@ -14,12 +14,13 @@ from hooklens.core.component import head_name
 from hooklens.core.errors import InputError, judge
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs
-from hooklens.data.prompts import check_prompts_differ, common_ends, read_pairs, rows_of
+from hooklens.data.prompts import check_prompts_differ, common_ends, need_tokens, read_pairs, rows_of
 from hooklens.model.ids import show
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import PatchSweep, patch
 from hooklens.plugins.patching.grid import STRONGEST
+from hooklens.plugins.weights.needs import Needs, needs_tokens
 from hooklens.results.result import Result, Table
 from hooklens.studies.pages import say_exactness
 from hooklens.sweeps.planning import grid_axes, has_site, site_kind
@@ -173,6 +174,7 @@ def sweep_pair(
     model: HookedTransformer, pairs: PromptPairs, axes: Mapping[str, tuple[str, ...]], resume: Mapping[str, Path]
 ) -> PairStudy:
     """`study_pair` without its whole layers: sweeps over the grid of each site. Gradients must be off."""
+    need_tokens(model, "study_pair", "hl.patch(model, clean, corrupted, metric) sweeps the same sites for vectors")
     metric = pairs.metric_of(model)
     sweeps = {site: patch(model, pairs, site=site, by=by, resume=resume.get(site)) for site, by in axes.items()}
     clean, corrupted = (rows_of(model, prompts, "prompts")[0] for prompts in (pairs.clean, pairs.corrupted))
@@ -253,6 +255,6 @@ def _guesses(model: HookedTransformer, ids: Tensor) -> list[tuple[str, float]]:
     return list(zip(show(model, best.indices), best.values.tolist(), strict=True))
 
 
-def demo(model: HookedTransformer) -> PairStudy:
+def demo(model: HookedTransformer) -> PairStudy | Needs:
     """Two short prompts that differ in one token; token numbers where the model has no tokenizer."""
-    return study_pair(model, demo_pairs(model))
+    return needs_tokens(model) or study_pair(model, demo_pairs(model))

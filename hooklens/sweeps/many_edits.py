@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from hooklens.core.errors import InputError
@@ -47,7 +47,7 @@ class EditPatches(Sweep):
 
     title, unit, together = "edits", "edits", True
 
-    def __init__(self, model: HookedTransformer, tokens: Int[Tensor, "prompt pos"], edits: Edits):
+    def __init__(self, model: HookedTransformer, tokens: Shaped[Tensor, "prompt pos *d_in"], edits: Edits):
         self.model, self.tokens, self.edits = model, tokens, edits
         self.entering = model(tokens, stop_at_layer=edits.first_layer)
         self.past = KVCache() if edits.start else None
@@ -109,7 +109,7 @@ class EditPatches(Sweep):
 
 def run_edits(
     model: HookedTransformer,
-    asked: Sequence[tuple[Edits, Int[Tensor, "_prompt _pos"], Any]],
+    asked: Sequence[tuple[Edits, Shaped[Tensor, "_prompt _pos ..."], Any]],
     *,
     title: str,
     resume: Resume | None = None,

@@ -72,7 +72,7 @@ class PathPatches(Sweep):
         """One sender of every layer first, and more than n of them as far as this costs no more than n passes."""
         if not n or self.plan.semantics != EDGES:
             return super().checks(drawn, n, reader)
-        n_layers, tokens = self.model.cfg.n_layers, self.tokens.numel()
+        n_layers, tokens = self.model.cfg.n_layers, len(self.tokens) * self.tokens.shape[1]
         # each sender takes its own block, and those from the first receiver on
         at_most = min(n * n_layers // (1 + n_layers - self._first), self.rows_at_once(current().memory) // tokens)
         of_layers = {self.layer_of(number): number for number in reversed(drawn)}
@@ -95,7 +95,7 @@ class PathPatches(Sweep):
 
     def share(self, reader: Reader, items: Sequence[Item]) -> float:
         """Token-layers that were computed, MLPs on the path counted whole, over those of the plain loop."""
-        plan, (n_pair, n_pos), n_layers = self.plan, self.tokens.shape, self.model.cfg.n_layers
+        plan, (n_pair, n_pos), n_layers = self.plan, self.tokens.shape[:2], self.model.cfg.n_layers
         passes = 1 if plan.semantics == EDGES or plan.stages[-1] == plan.order.end else 2
         done = 0
         for item in items:

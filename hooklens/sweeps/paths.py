@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
@@ -61,8 +61,8 @@ class PathPlan:
     senders: tuple[Sender, ...]
     receivers: tuple[Receiver, ...]
     semantics: str
-    tokens: Int[Tensor, "pair pos"]
-    other: Int[Tensor, "pair pos"]
+    tokens: Shaped[Tensor, "pair pos *d_in"]
+    other: Shaped[Tensor, "pair pos *d_in"]
     base: PathRun
     new: PathRun
     first_change: Int[Tensor, "pair"]
@@ -98,7 +98,7 @@ class PathPlan:
         if all(r.pos is None for r in some):
             return None
         heads: list[int | None] = [*self.heads_at(kind, layer)] or [None]
-        where = torch.zeros(*self.tokens.shape, len(heads), dtype=torch.bool, device=self.tokens.device)
+        where = torch.zeros(*self.tokens.shape[:2], len(heads), dtype=torch.bool, device=self.tokens.device)
         for node in some:
             where[:, :, heads.index(node.head)] |= self.here(node)
         return where
@@ -106,7 +106,7 @@ class PathPlan:
     def here(self, node: Sender | Receiver) -> Bool[Tensor, "pair pos"]:
         """The positions at which a node sends or reads."""
         if node.pos is None:
-            return torch.ones_like(self.tokens, dtype=torch.bool)
+            return torch.ones(self.tokens.shape[:2], dtype=torch.bool, device=self.tokens.device)
         assert isinstance(node.pos, tuple)  # since `on_tokens`
         pos = torch.tensor(node.pos, device=self.tokens.device)
         return torch.arange(self.tokens.shape[1], device=pos.device) == pos[:, None]
@@ -139,14 +139,14 @@ def point_of(model: HookedTransformer, kind: str, layer: int) -> tuple[str, int]
 
 def plan_paths(
     model: HookedTransformer,
-    tokens: Int[Tensor, "pair pos"],
-    other: Int[Tensor, "pair pos"],
+    tokens: Shaped[Tensor, "pair pos *d_in"],
+    other: Shaped[Tensor, "pair pos *d_in"],
     senders: Sequence[Sender],
     receivers: Sequence[Receiver],
     semantics: str,
 ) -> PathPlan:
     """Run both prompts and keep what the paths start from: `tokens` is patched, `other` gives the new values."""
-    senders, receivers = on_tokens(senders, *tokens.shape), on_tokens(receivers, *tokens.shape)
+    senders, receivers = on_tokens(senders, *tokens.shape[:2]), on_tokens(receivers, *tokens.shape[:2])
     _refuse(model, receivers, semantics)
     every = range(model.cfg.n_layers)
     kept = {"hook_resid_pre": every, "hook_attn_out": every, "attn.hook_z": every}

@@ -7,15 +7,16 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from hooklens.core.component import Component
 from hooklens.core.errors import ArgumentError, InputError, WrongType, did_you_mean
 from hooklens.core.names import Site, axes, site
+from hooklens.data.prompts import same_inputs
 from hooklens.model.kv_cache import KVCache
 from hooklens.model.transformer import HookedTransformer, need_hooked
-from hooklens.sweeps.replacement import Written, activations_of, are_tokens
+from hooklens.sweeps.replacement import Written, activations_of, are_prompts
 from hooklens.sweeps.sites import SITES, SweptSite
 
 _ALIASES = {"mlp_post": "post", "mlp.post": "post", "attn": "pattern"}
@@ -40,7 +41,7 @@ class Plan:
     by: tuple[str, ...]
     shape: tuple[int, ...]
     patches: tuple[Patch, ...]
-    tokens: Int[Tensor, "pair pos"]
+    tokens: Shaped[Tensor, "pair pos *d_in"]
     base: "BaseRun"
     values: dict[int, Tensor]
     first_change: Int[Tensor, "pair"]
@@ -255,7 +256,7 @@ def component_of(model: HookedTransformer, site: str, patch: Patch) -> Component
 @torch.no_grad()
 def plan(
     model: HookedTransformer,
-    tokens: Int[Tensor, "pair pos"],
+    tokens: Shaped[Tensor, "pair pos *d_in"],
     site: str,
     value: Written,
     *,
@@ -265,7 +266,7 @@ def plan(
 ) -> Plan:
     """Prepare to overwrite a site of the run on `tokens`, everywhere on a grid, in one layer, or at the patches given.
 
-    `value` is what a replacement returns: other tokens (their run's activations), activations by point name, or a
+    `value` is what a replacement returns: other prompts (their run's activations), activations by point name, or a
     function of (activation, point name).
     """
     swept = SITES[has_site(model, site_kind(site))]
@@ -277,7 +278,9 @@ def plan(
     points = {layer: swept.at(layer) for layer in sorted({patch.layer for patch in patches})}
     base = base_run(model, tokens, swept, list(points))
     donor, written = None, value
-    if are_tokens(value):
+    first_change = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+    if are_prompts(value, tokens):
+        first_change = first_difference(tokens, value)
         donor, written = model.run_with_cache(value, names=list(points.values()), stop_at_layer=model.cfg.n_layers)
     values = activations_of(written, {name: base.acts[layer] for layer, name in points.items()})
     return Plan(
@@ -289,7 +292,7 @@ def plan(
         tokens=tokens,
         base=base,
         values={layer: values[name] for layer, name in points.items()},
-        first_change=first_difference(tokens, value) if are_tokens(value) else tokens.new_zeros(len(tokens)),
+        first_change=first_change,
         donor=donor,
         source=value,
     )
@@ -306,11 +309,13 @@ def base_run(model: HookedTransformer, tokens: Tensor, swept: SweptSite, layers:
     return BaseRun([*(cache[name] for name in points), last], past, acts, reads=cache)
 
 
-def first_difference(tokens: Int[Tensor, "pair pos"], other: Int[Tensor, "pair pos"]) -> Int[Tensor, "pair"]:
+def first_difference(
+    tokens: Shaped[Tensor, "pair pos *d_in"], other: Shaped[Tensor, "pair pos *d_in"]
+) -> Int[Tensor, "pair"]:
     """The first position at which two prompts of a pair differ; their length where they do not.
 
     >>> first_difference(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[1, 9, 3], [4, 5, 6]])).tolist()
     [1, 3]
     """
-    differs = tokens != other
+    differs = ~same_inputs(tokens, other)
     return torch.where(differs.any(1), differs.long().argmax(1), tokens.shape[1])

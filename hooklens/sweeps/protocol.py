@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from hooklens.model.transformer import HookedTransformer
@@ -27,7 +27,7 @@ class Patches(ABC):
     """Patches as the engine sees them: numbered, each with one value of the metric for every pair."""
 
     model: HookedTransformer
-    tokens: Int[Tensor, "pair pos"]
+    tokens: Shaped[Tensor, "pair pos *d_in"]
     title: str  # what the progress bar says
     unit = "patches"
     together = False  # must the rows of all pairs of a patch walk together?
@@ -63,7 +63,7 @@ class Patches(ABC):
 
         n of them are asked for.
         """
-        at_once = max(1, _AT_ONCE // self.tokens.numel())
+        at_once = max(1, _AT_ONCE // (len(self.tokens) * self.tokens.shape[1]))
         return [list(drawn[i : min(i + at_once, n)]) for i in range(0, min(n, len(drawn)), at_once)]
 
     @abstractmethod
@@ -92,7 +92,7 @@ class Patches(ABC):
 
     def share(self, reader: Reader, items: Sequence[Item]) -> float:
         """The share of the plain loop's token-layers that these items compute."""
-        n_pair, n_pos = self.tokens.shape
+        n_pair, n_pos = self.tokens.shape[:2]
         return self.rows_of_layers(items) / max(1, len(self) * n_pair * self.model.cfg.n_layers * n_pos)
 
     def rows_of_layers(self, items: Sequence[Item]) -> int:

@@ -13,21 +13,21 @@ from functools import cached_property
 from typing import Any, ClassVar, TypeGuard
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Shaped
 from torch import Tensor
 
 from hooklens.core.arguments import check_call, seeded, whole
 from hooklens.core.errors import InputError, NameNotFound, WrongType, did_you_mean
 from hooklens.core.names import axes
 from hooklens.core.precision import widened
-from hooklens.data.prompts import Pairs, Prompts, common_ends, rows_of
+from hooklens.data.prompts import Pairs, Prompts, Row, common_ends, rows_of
 from hooklens.model.transformer import HookedTransformer
 from hooklens.results.result_file import Kept
 
-Tokens = Int[Tensor, "prompt pos"]
+Tokens = Shaped[Tensor, "prompt pos *d_in"]
 Acts = Mapping[str, Tensor]
-#: What a replacement returns: token ids, whose run holds the values; activations by point, of shapes that broadcast; or
-#: a function of (activation, point).
+#: What a replacement returns: prompts (token ids or vectors), whose run holds the values; activations by point, of
+#: shapes that broadcast; or a function of (activation, point).
 Written = Tensor | Acts | Callable[[Tensor, str], Tensor]
 
 
@@ -39,7 +39,7 @@ class Runs:
     """
 
     model: HookedTransformer
-    prompts: list[Int[Tensor, "_"]]
+    prompts: list[Row]
     read: Callable[[Tokens], Acts]
     held: bool
 
@@ -48,12 +48,12 @@ class Runs:
         """The sum over every position of the method's own prompts, which prompts of several lengths share."""
         return self.sums(self.prompts, by_pos=False)
 
-    def mean_over_positions(self, rows: list[Int[Tensor, "_"]]) -> dict[str, Tensor]:
+    def mean_over_positions(self, rows: list[Row]) -> dict[str, Tensor]:
         """The mean over all positions of these prompts."""
         sums = self.over_positions if rows is self.prompts else self.sums(rows, by_pos=False)
         return {name: total / sum(map(len, rows)) for name, total in sums.items()}
 
-    def sums(self, rows: Sequence[Int[Tensor, "_"]], *, by_pos: bool) -> dict[str, Tensor]:
+    def sums(self, rows: Sequence[Row], *, by_pos: bool) -> dict[str, Tensor]:
         """Over prompts at each position, or over all of their positions; run one at a time, so that sums are held."""
         sums: dict[str, Tensor] = {}
         for row in rows:
@@ -73,7 +73,7 @@ class Target:
 
     tokens: Tokens
     index: tuple[int, ...]
-    pair: Mapping[str, Int[Tensor, "prompt _other_pos"]]
+    pair: Mapping[str, Shaped[Tensor, "prompt _other_pos *d_in"]]
     points: Sequence[str]
     runs: Runs
 
@@ -81,11 +81,11 @@ class Target:
         """What a run on these tokens holds at the points."""
         return self.runs.read(tokens)
 
-    def rows(self, prompts: Prompts | None) -> list[Int[Tensor, "_"]]:
+    def rows(self, prompts: Prompts | None) -> list[Row]:
         """Reference prompts (texts or token ids) as rows of token ids; None: every prompt that the method writes to."""
         return self.runs.prompts if prompts is None else rows_of(self.runs.model, prompts, "reference")
 
-    def fits(self, rows: Sequence[Int[Tensor, "_"]]) -> bool:
+    def fits(self, rows: Sequence[Row]) -> bool:
         """Have all of these prompts the length of the prompts written to, so that positions correspond?"""
         return all(len(row) == self.tokens.shape[1] for row in rows)
 
@@ -336,9 +336,9 @@ def as_replacement(value: Value) -> Replacement:
     )
 
 
-def are_tokens(written: Written) -> TypeGuard[Tensor]:
-    """Does a replacement name a run, by its token ids?"""
-    return isinstance(written, Tensor) and not written.is_floating_point()
+def are_prompts(written: Written, tokens: Tokens) -> TypeGuard[Tensor]:
+    """Does a replacement name a run, by prompts of the kind of these: token ids, or vectors?"""
+    return isinstance(written, Tensor) and written.is_floating_point() == tokens.is_floating_point()
 
 
 def activations_of(written: Written, own: Acts) -> dict[str, Tensor]:
@@ -375,7 +375,9 @@ def fitted(value: Any, act: Tensor, name: str) -> Tensor:
         ) from error
 
 
-def matched(tokens: Tokens, other: Int[Tensor, "prompt _other_pos"], mine: Acts, theirs: Acts) -> dict[str, Tensor]:
+def matched(
+    tokens: Tokens, other: Shaped[Tensor, "prompt _other_pos *d_in"], mine: Acts, theirs: Acts
+) -> dict[str, Tensor]:
     """The other run's activations at the positions that both prompts share, the run's own between."""
     out = {}
     for name in theirs:
@@ -393,8 +395,8 @@ def matched(tokens: Tokens, other: Int[Tensor, "prompt _other_pos"], mine: Acts,
 
 
 def donors_of(
-    tokens: Tokens, pool: Sequence[Int[Tensor, "_"]], draws: int, generator: torch.Generator
-) -> Int[Tensor, "draw prompt pos"]:
+    tokens: Tokens, pool: Sequence[Row], draws: int, generator: torch.Generator
+) -> Shaped[Tensor, "draw prompt pos *d_in"]:
     """For every prompt, other prompts of its length from the pool, none twice before all were drawn."""
     chosen: list[list[Tensor]] = []
     for own in tokens:

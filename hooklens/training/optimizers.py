@@ -1,6 +1,7 @@
 """Optimisers written out: each turns the gradient into a change of the parameters, on one vector, in place."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,6 +13,7 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.model.config import Part, part
 
+_LARGEST_RATE = 1e6  # more is a slip of the pen: one step would leave float32's digits behind
 _AT_ONCE = 2**19  # elements: few enough that the vectors of a piece stay in a cache, enough that calls cost little
 
 Vector = Float[Tensor, "*parameter"]
@@ -24,6 +26,15 @@ class Optimizer(Part):
 
     slot = "optimizer"
     slots: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        rate = vars(self).get("lr", 0.0)  # a wrapper has that of its inner rule
+        if isinstance(rate, int | float) and _LARGEST_RATE < rate < math.inf:
+            raise InputError(
+                f"{type(self).__name__}: lr is {rate!r:.80}; a finite number from 0 to {_LARGEST_RATE:g} is needed, "
+                "and rates from 1e-5 to 1 are usual: they multiply the change of every parameter"
+            )
+        super().__post_init__()
 
     @property
     def lr(self) -> float:

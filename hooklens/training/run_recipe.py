@@ -44,6 +44,25 @@ _TRAINING = {
 }
 _STEPS = 2000
 _OF_TASK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "modular_arithmetic": {  # Nanda et al. (2023), section 3 and their code: see docs/grokking.md
+        "model": {
+            "n_layers": 1,
+            "act_fn": "relu",
+            "normalization_type": None,
+            "biases": {"qkv": False, "o": False, "mlp": True},
+            "init": {"part": "normal", "std": 128**-0.5, "unembed_std": 114**-0.5},
+        },
+        "training": {
+            "steps": 20_000,
+            "batch": 20_000,
+            "clip": None,
+            "evaluate": 400,
+            "checkpoints": 60,
+            "optimizer": {"part": "adamw", "lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 1.0},
+            "schedule": {"part": "constant", "warmup": 10},
+            "loss": {"part": "cross_entropy", "double": True},
+        },
+    },
     "in_context_regression": {"training": {"loss": {"part": "squared_error"}}},
     "regression_prompts": {"training": {"loss": {"part": "squared_error"}}},
     "shakespeare": {  # measured by benchmarks/shakespeare.py
@@ -65,9 +84,9 @@ _SCHEDULE = {"part": "cosine", "floor": 0.1, "warmup": 100}  # the warm-up at mo
 class Recipe:
     """The three tables of a run: its data, its model and its training.
 
-    >>> recipe = Recipe({"task": "modular_arithmetic", "p": 5, "fraction": 0.8}, {"d_model": 32}, {"steps": 10})
-    >>> recipe.model["n_layers"], recipe.load_data().d_vocab, recipe.settings().batch
-    (4, 6, 32)
+    >>> recipe = Recipe({"task": "decimal_arithmetic", "digits": 2}, {"d_model": 32}, {"steps": 10})
+    >>> recipe.model["n_layers"], recipe.load_data().digits, recipe.settings().batch
+    (4, 2, 32)
 
     `data` names a task of `hl.data` under "task", and its arguments. `model` holds fields of
     `hl.HookedTransformerConfig`, and the seed of its weights; n_ctx and d_vocab follow from the data. `training` holds
@@ -138,7 +157,7 @@ class Recipe:
     def changed(self, **tables: Mapping[str, Any]) -> "Recipe":
         """A copy in which some settings have other values; those of a part, such as the optimiser's, are joined.
 
-        >>> recipe = Recipe({"task": "modular_arithmetic"}).changed(training={"optimizer": {"lr": 0.5}})
+        >>> recipe = Recipe({"task": "decimal_arithmetic"}).changed(training={"optimizer": {"lr": 0.5}})
         >>> recipe.settings().optimizer.lr, recipe.settings().optimizer.weight_decay
         (0.5, 0.1)
         """

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Num
 from torch import Tensor
 
-from hooklens.viz.drawing import above_zero, box, colour_bar, log_axes, mark, new_figure, number, span
+from hooklens.viz.drawing import above_zero, box, colour_bar, log_axes, mark, new_figure, number, span, uniform_ticks
 from hooklens.viz.inputs import as_array, as_labels, as_series
 from hooklens.viz.text import label
 from hooklens.viz.theme import NEUTRAL, POSITIVE, SEQUENTIAL, SERIES, plotly_scale
@@ -51,7 +51,7 @@ def lines(
         line = {"color": colour, "width": 2, "dash": ("solid", "dash", "dot")[index // len(SERIES) % 3]}
         figure.add_scatter(x=at, y=array, name=shown, line=line, text=boxes, hoverinfo="text", mode="lines")
     figure.update_layout(showlegend=len(values) > 1, margin_t=(76 if title else 36) + 24 * (len(values) > 1))
-    return mark(figure, marks)
+    return mark(uniform_ticks(figure), marks)
 
 
 def scatter(

@@ -12,6 +12,8 @@ from hooklens.viz.text import label
 from hooklens.viz.theme import NEUTRAL, limits, template
 
 _PLACES = ("top right", "top left", "bottom right", "bottom left")
+_SHORT = (1e-4, 1e5)  # between these, a logarithmic axis has decimals
+_DECIMAL, _POWER = "~g", "~e"  # 0.01, 1, 100; and 1e-8, 1e+0
 _NEAR = 0.06  # height of a line of text, as a share of the figure's
 
 
@@ -58,7 +60,20 @@ def log_axes(figure: go.Figure, log: str) -> go.Figure:
         raise InputError(f'log names the logarithmic axes: "", "x", "y" or "xy"; got {log!r:.80}')
     look = {"type": "log", "tickfont": {"size": 12.5}}  # Plotly writes the digits between two powers 25 % smaller
     figure.update_xaxes(look | {"exponentformat": "none", "separatethousands": True} if "x" in log else {})
-    return figure.update_yaxes(look | {"exponentformat": "power"} if "y" in log else {})
+    return figure.update_yaxes(look | {"tickformat": _DECIMAL} if "y" in log else {})
+
+
+def uniform_ticks(figure: go.Figure) -> go.Figure:
+    """Write the numbers beside a logarithmic y axis in one way, powers of ten where decimals would be long.
+
+    Plotly's own powers are 10^-1 beside 1 and 10.
+    """
+    if figure.layout.yaxis.type != "log":
+        return figure
+    drawn = np.concatenate([np.empty(0), *(np.asarray(trace.y, float) for trace in figure.data if trace.y is not None)])
+    drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
+    short = not drawn.size or (drawn.min() >= _SHORT[0] and drawn.max() <= _SHORT[1])
+    return figure.update_yaxes(tickformat=_DECIMAL if short else _POWER)
 
 
 def above_zero(array: np.ndarray, *, needed: bool) -> np.ndarray:

@@ -289,6 +289,7 @@ def test_a_bar_without_standard_error_is_silent(monkeypatch):
     [
         (["--help"], {}, "--install-completion"),
         (["patch", "--help"], {}, "--wrong-answer"),
+        (["grok", "--help"], {}, "--weight-decay"),
         ([], {"_HOOKLENS_COMPLETE": "complete_bash", "COMP_WORDS": "hooklens pa", "COMP_CWORD": "1"}, "patch"),
     ],
 )

@@ -4,9 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refused import refused
 
+from hooklens.core.errors import InputError
 from hooklens.data.decimals import decimal_arithmetic
+from hooklens.data.markov_chains import markov_source
 from hooklens.data.modular import modular_arithmetic
+from hooklens.testing import tiny_model
+from hooklens.training.loop import train
 
 
 def by_counting(a, operation, b, p):
@@ -39,6 +44,41 @@ def test_the_split_is_stable_and_the_fraction_may_be_one():
     assert not list(whole.held_out(8)) and len(whole.batch(0, 1000)) == 25
     # a larger fraction only adds pairs, so that runs on two fractions can be compared
     assert torch.equal(modular_arithmetic(11, fraction=0.5).pairs[0][: len(first)], first)
+
+
+def test_prompts_of_numbers_are_read_and_written_as_text(tmp_path):
+    data = modular_arithmetic(p=11, fraction=0.8)
+    model = tiny_model(d_vocab=data.d_vocab)
+    run = train(model, data, steps=1, out=tmp_path / "run")
+    for reader in (model, run.checkpoints()[-1].load()):  # as trained, and from its checkpoint
+        tokens = reader.to_tokens("3 10 =")
+        assert tokens.tolist() == [[3, 10, 11]] and reader.to_string(tokens) == ["3 10 ="]
+        assert reader.to_str_tokens(tokens) == ["3", "10", "="] and reader.to_single_token("10") == 10
+        assert torch.equal(reader("3 10 ="), reader(tokens))
+    with pytest.raises(InputError, match=r"holds '\+', which is none of the 12 tokens"):
+        model.to_tokens("3 + 4 =")
+    states = markov_source(5, window=4)
+    assert states.tokenizer.encode("0 4 1") == [0, 4, 1]
+
+
+def test_shuffled_answers_are_those_of_the_table_at_other_places():
+    plain, shuffled = (modular_arithmetic(11, seed=3, shuffled=shuffled) for shuffled in (False, True))
+    assert sorted(shuffled.table.flatten().tolist()) == sorted(plain.table.flatten().tolist())
+    assert float((shuffled.table == plain.table).double().mean()) < 0.3  # 1/11 is expected
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(plain.pairs, shuffled.pairs, strict=True))
+    answers = torch.cat([batch.targets[:, -1] for batch in shuffled.held_out(7)])
+    assert torch.equal(answers, shuffled.table[tuple(shuffled.pairs[1].T)])
+    assert torch.equal(shuffled.table, modular_arithmetic(11, seed=3, shuffled=True).table)
+    assert not torch.equal(shuffled.table, modular_arithmetic(11, seed=4, shuffled=True).table)
+
+
+def test_shuffled_answers_are_other_data_and_plain_ones_those_of_older_runs():
+    plain, shuffled = (modular_arithmetic(7, shuffled=shuffled) for shuffled in (False, True))
+    assert set(plain.identity()) == {"task", "p", "operation", "fraction", "seed"}
+    assert shuffled.identity() == plain.identity() | {"shuffled": True}
+    assert "no rule" in shuffled.description() and "no rule" not in plain.description()
+    with refused(InputError, "shuffled is True or False, got 1"):
+        modular_arithmetic(7, shuffled=1)
 
 
 def test_an_epoch_of_batches_is_the_training_set():

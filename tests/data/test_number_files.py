@@ -73,6 +73,7 @@ def test_triples_of_a_file_are_the_table_of_the_generator(tmp_path):
     assert torch.equal(read.inputs, generated.inputs) and torch.equal(read.targets, generated.targets)
     assert data.identity() == hl.data.modular_triples(path, fraction=0.6, seed=1).identity()
     assert sum(map(len, data.held_out(3))) == 10 and len(data.batch(0, 100)) == 15
+    assert torch.equal(data.table, ours.table)
 
 
 def test_the_analyses_read_files_as_they_read_generators(tmp_path):

@@ -118,6 +118,14 @@ def test_training_follows_torch_step_by_step(rule, peer):
     assert all(not part.parameters[name].requires_grad for part, name in leaves(model))
 
 
+def test_a_step_takes_no_norms_that_nobody_reads(monkeypatch):
+    layer = Linear(2, 1, seed=0)
+    monkeypatch.setattr(torch.Tensor, "norm", None)
+    before = layer.parameters["W"].clone()
+    Trainer(layer, Adam(lr=0.1)).step(torch.ones(3, 2).double(), torch.zeros(3, 1).double())
+    assert torch.allclose((layer.parameters["W"] - before).abs(), torch.tensor(0.1).double())  # Adam's first step
+
+
 def test_batches_come_from_the_seed_and_the_rows():
     x, y = rings(64)
 

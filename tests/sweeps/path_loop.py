@@ -137,7 +137,7 @@ def _reading_anew(model, kind: str, layer: int, head: int, stream: Callable, liv
 
 def there(tokens: Tensor, at) -> Tensor:
     """Which cells are at a position, one a pair; without one all are."""
-    mask = torch.zeros(tokens.shape, dtype=torch.bool)
+    mask = torch.zeros(tokens.shape[:2], dtype=torch.bool)
     for pair, row in enumerate(mask):
         row[slice(None) if at is None else at[pair]] = True
     return mask[..., None]

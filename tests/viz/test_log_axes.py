@@ -1,6 +1,7 @@
 """Logarithmic axes, histograms and sliders: what they show, what they leave out, and what a browser makes of them."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -26,6 +27,19 @@ def test_a_logarithmic_axis_leaves_out_what_it_cannot_show():
     assert viz.lines({"loss": values}).layout.yaxis.type is None
     with pytest.raises(InputError, match='"x", "y" or "xy"'):
         viz.lines({"loss": values}, log="z")
+
+
+def test_the_ticks_of_a_logarithmic_axis_were_powers_and_numbers_mixed(tmp_path):
+    ends = [(0.03, 30.0), (1e-8, 1.0), (0.0, 1e7)]
+    figures = [viz.lines({"norm": torch.tensor(pair)}, log="y") for pair in ends]
+    report = viz.Report("x").figure(figures[0]).figure(figures[1]).figure(panels([figures[2], figures[2]]))
+    decimal, power, panelled = (
+        re.findall(r'class="y2?tick"><text[^>]*>(.*?)</text>', drawn)
+        for drawn in open_page(report.save(tmp_path / "a.html")).dom.split('<g class="cartesianlayer">')[1:]
+    )
+    assert {"0.1", "1", "10"} <= set(decimal) and all(re.fullmatch(r"[\d.]+", tick) for tick in decimal), decimal
+    for ticks in (power, panelled):
+        assert len(ticks) > 3 and all(re.fullmatch(r"\de[−+]\d", tick) for tick in ticks), ticks
 
 
 def test_lines_may_have_their_own_places():

@@ -20,6 +20,7 @@ from hooklens.plugins.circuits.matching import Matching, match, measure_matching
 from hooklens.plugins.circuits.roles import comparable, roles_of
 from hooklens.plugins.circuits.run import Bench
 from hooklens.plugins.heads.taxonomy import Taxonomy, classify_heads
+from hooklens.plugins.weights.needs import Needs, needs_tokens
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import group_numbers, halves
 from hooklens.sweeps.replacement import Replacement, is_run
@@ -214,8 +215,10 @@ def _own(target, task: PromptPairs, carried: Circuit) -> Circuit:
     return eap_ig_own_source(target, task, value=carried.replacement).greedy_edges(max(1, carried.n_edges))
 
 
-def demo(model: HookedTransformer) -> CircuitTransfer:
+def demo(model: HookedTransformer) -> CircuitTransfer | Needs:
     """A few edges of a model, carried over to the same model; any model that reads tokens."""
+    if lacks := needs_tokens(model):
+        return lacks
     task = demo_pairs(model, 4)
     circuit = demo_circuit(model, task.split()[0], through="H")
     labels = classify_heads(model, n=6, draws=50, ioi=0)

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from hooklens.core.errors import InputError
@@ -16,7 +16,7 @@ from hooklens.model.linear import is_plain
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.sweeps.naive import why_plain
-from hooklens.sweeps.replacement import Replacement, Target, Written, activations_of, are_tokens, targets_of
+from hooklens.sweeps.replacement import Replacement, Target, Written, activations_of, are_prompts, targets_of
 
 Stream = Float[Tensor, "pair pos d_model"]
 Keyed = Float[Tensor, "pair pos kv_head d_head"]
@@ -35,7 +35,7 @@ class Run:
     nodes: Float[Tensor, "source pair pos d_model"]
     streams: list[Stream]
     past: list[tuple[Keyed, Keyed]] = field(default_factory=list)
-    tokens: Int[Tensor, "pair pos"] | None = None
+    tokens: Shaped[Tensor, "pair pos *d_in"] | None = None
     normed: list[Stream] = field(default_factory=list)
     leaves: list[tuple[Tensor, ...]] = field(default_factory=list)
 
@@ -61,7 +61,7 @@ def refuse(model: HookedTransformer) -> None:
 
 
 def observe(
-    model: HookedTransformer, graph: CircuitGraph, tokens: Int[Tensor, "pair pos"], wanted: Wanted = None
+    model: HookedTransformer, graph: CircuitGraph, tokens: Shaped[Tensor, "pair pos *d_in"], wanted: Wanted = None
 ) -> Run:
     """A plain run of the model, seen from the graph. The outputs of `wanted` nodes are kept (None: all)."""
     embedded = model(tokens, stop_at_layer=0)  # checks the token ids, which may come from a replacement
@@ -173,7 +173,7 @@ def ablated_runs(
     points = node_points(graph)
     targets = targets_of(model, groups, points, read=read)
     for group, target, written in zip(groups, targets, replacement.once(targets), strict=True):
-        if are_tokens(written):
+        if are_prompts(written, target.tokens):
             yield group, partial(_some_observed, model, graph, written)
         else:
             yield group, _run_of(model, graph, target, written).part

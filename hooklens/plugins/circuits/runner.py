@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hooklens.core.hooks import HookFn
 from hooklens.core.names import Where
-from hooklens.data.prompts import Pairs
+from hooklens.data.prompts import Pairs, same_inputs
 from hooklens.model.kv_cache import Context, KVCache
 from hooklens.model.linear import is_plain
 from hooklens.model.transformer import HookedTransformer
@@ -104,7 +104,7 @@ def first_difference(clean: Tensor, other: Tensor | None) -> int:
     """The first position at which any pair's prompts differ; the last one where none does, 0 without another run."""
     if other is None:
         return 0
-    differs = (clean != other).any(0)
+    differs = ~same_inputs(clean, other).all(0)
     return int(differs.long().argmax()) if bool(differs.any()) else clean.shape[1] - 1
 
 

@@ -11,13 +11,14 @@ from hooklens.core.arguments import seeded
 from hooklens.core.cache import ActivationCache
 from hooklens.core.component import head_names
 from hooklens.core.precision import widened
-from hooklens.data.prompts import Prompts
+from hooklens.data.prompts import Prompts, need_tokens
 from hooklens.model.linear import matrix_of
 from hooklens.model.norms import Passage
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.ece_change import CalibrationChange, calibration_change, calibration_text
 from hooklens.plugins.heads.head_ranking import Head, PerHead, PerSequence, head_map, head_table, ranked
 from hooklens.plugins.heads.which import Heads, captured, check_model, one_length
+from hooklens.plugins.weights.needs import Needs, needs_tokens
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.nodes import read_heads
@@ -101,6 +102,7 @@ def score_copy_suppression(
     Modern Neural Networks", equation 3 (expected calibration error).
     """
     check_model(model, "score_copy_suppression")
+    need_tokens(model, "score_copy_suppression", "hl.heads.measure_mediation follows what a head writes")
     model.blocks[0].need_sum("a head's direct path to the logits")
     if prompts is None:
         tokens, data = calibration_text(model, n, seed)
@@ -165,6 +167,6 @@ def _direct(
     return [effect.sum(1) / weight.sum(1).clamp_min(torch.finfo(effect.dtype).tiny) for effect in effects]
 
 
-def demo(model: HookedTransformer) -> CopySuppression:
+def demo(model: HookedTransformer) -> CopySuppression | Needs:
     """Four short sequences."""
-    return score_copy_suppression(model, n=4)
+    return needs_tokens(model) or score_copy_suppression(model, n=4)

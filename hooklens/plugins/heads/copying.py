@@ -11,6 +11,7 @@ from hooklens.core.arguments import seeded, whole
 from hooklens.core.errors import InputError
 from hooklens.core.precision import widened
 from hooklens.core.progress_bar import tracked
+from hooklens.data.prompts import need_tokens
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import matrix_of, packed_linears
 from hooklens.model.norms import Passage
@@ -18,6 +19,7 @@ from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.head_ranking import Head, PerHead, head_map, head_table, ranked
 from hooklens.plugins.heads.rotations import DRAWS, above, query_rotations
 from hooklens.plugins.heads.which import check_model
+from hooklens.plugins.weights.needs import Needs, needs_tokens
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import q_values
 from hooklens.sweeps.naive import not_finite
@@ -87,6 +89,7 @@ def score_copying(model: HookedTransformer, *, n_tokens: int = 256, draws: int =
     Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", "Detecting copying behavior".
     """
     check_model(model, "score_copying")
+    need_tokens(model, "score_copying", "hl.heads.measure_mediation follows what a head writes")
     model.blocks[0].need_sum("a head's direct path to the logits")
     draws, n_tokens = whole("draws", draws, 1), whole("n_tokens", n_tokens, 1)
     tokens, streams = _streams(model, n_tokens, seed)
@@ -160,6 +163,6 @@ def _of_layer(
     }
 
 
-def demo(model: HookedTransformer) -> Copying:
+def demo(model: HookedTransformer) -> Copying | Needs:
     """32 tokens through every head."""
-    return score_copying(model, n_tokens=32, draws=50)
+    return needs_tokens(model) or score_copying(model, n_tokens=32, draws=50)

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from hooklens.core.component import layer_names
 from hooklens.core.errors import did_you_mean
-from hooklens.data.prompts import Prompts
+from hooklens.data.demo_prompts import demo_texts
+from hooklens.data.prompts import Prompts, reads_vectors
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.head_ranking import Head, PerHead, PerSequence, head_table, ranked
@@ -122,7 +123,7 @@ def score_heads(
     )
 
 
-def key_masks(tokens: Int[Tensor, "sequence pos"]) -> dict[str, Mask]:
+def key_masks(tokens: Shaped[Tensor, "sequence pos *d_in"]) -> dict[str, Mask]:
     """The keys that count for each kind, query by query.
 
     >>> {kind: mask[0, 3].int().tolist() for kind, mask in key_masks(torch.tensor([[7, 8, 9, 8]])).items()}
@@ -132,7 +133,8 @@ def key_masks(tokens: Int[Tensor, "sequence pos"]) -> dict[str, Mask]:
     """
     pos = torch.arange(tokens.shape[1], device=tokens.device)
     query, key = pos[:, None], pos
-    earlier = (tokens[:, :, None] == tokens[:, None, :]) & (key < query) & (key > 0)
+    same = tokens[:, :, None] == tokens[:, None, :]
+    earlier = (same if tokens.ndim == 2 else same.all(-1)) & (key < query) & (key > 0)
     after = torch.zeros_like(earlier)
     after[:, :, 1:] = earlier[:, :, :-1]
     return {
@@ -157,5 +159,5 @@ def _even(model: HookedTransformer, layer: int, tokens: Tensor) -> Float[Tensor,
 
 
 def demo(model: HookedTransformer) -> HeadScores:
-    """Four short sequences of random tokens that repeat; works on any model that reads tokens."""
-    return score_heads(model, n=4, draws=50)
+    """Four short sequences of random tokens that repeat, or of vectors."""
+    return score_heads(model, demo_texts(model, 4, 8) if reads_vectors(model) else None, n=4, draws=50)

@@ -10,6 +10,7 @@ from torch import Tensor
 from hooklens.core.arguments import whole
 from hooklens.core.component import head_name, head_names
 from hooklens.core.errors import InputError
+from hooklens.data.prompts import need_tokens
 from hooklens.data.repeated import repeated_tokens
 from hooklens.metrics import loss as loss_of
 from hooklens.model.linear import packed_linears
@@ -19,6 +20,7 @@ from hooklens.plugins.heads.head_scores import key_masks
 from hooklens.plugins.heads.rotations import mass
 from hooklens.plugins.heads.which import Heads, captured, check_model
 from hooklens.plugins.patching.ablation import ablate
+from hooklens.plugins.weights.needs import Needs, needs_tokens
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.nodes import read_heads
@@ -107,6 +109,7 @@ def find_induction_heads(
     TransformerLens's main demo ("induction stripe").
     """
     check_model(model, "find_induction_heads")
+    need_tokens(model, "find_induction_heads", "hl.heads.score_heads(model, prompts) reads vectors")
     if whole("n", n) < 2:
         raise InputError(f"an interval needs at least two sequences, got n={n}")
     both = repeated_tokens(model, 2 * n, length=length, seed=seed)
@@ -156,6 +159,6 @@ def _ablated(
     return rise, -sweep.base_per_prompt
 
 
-def demo(model: HookedTransformer) -> InductionHeads:
+def demo(model: HookedTransformer) -> InductionHeads | Needs:
     """Four short sequences; works on any model that reads tokens."""
-    return find_induction_heads(model, n=4, length=13)
+    return needs_tokens(model) or find_induction_heads(model, n=4, length=13)

@@ -5,15 +5,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from hooklens.core.cache import ActivationCache
 from hooklens.core.component import head_name
 from hooklens.core.errors import InputError, WrongType, did_you_mean
-from hooklens.data.prompts import Prompts
+from hooklens.data.demo_prompts import demo_texts
+from hooklens.data.prompts import Prompts, reads_vectors
 from hooklens.data.repeated import repeated_tokens
-from hooklens.metrics import need_metric
+from hooklens.metrics import need_metric, prediction
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.head_ranking import Head, head_table
@@ -103,16 +104,21 @@ def knock_out_keys(
     return knockout_after(model, untouched, tokens=tokens, metric=metric, kind=kind, keeps=keeps, chosen=chosen)
 
 
-def _mask(tokens: Int[Tensor, "sequence pos"], kind: str, own: Any) -> Mask:
+def _mask(tokens: Shaped[Tensor, "sequence pos *d_in"], kind: str, own: Any) -> Mask:
     """The keys of this kind, or the user's own mask."""
     if own is None:
         masks = key_masks(tokens)
         if kind not in masks:
             raise did_you_mean("kind of key", str(kind), masks)
+        if not bool(masks[kind].any()):
+            raise InputError(
+                f"these prompts have no key of the kind {kind!r}, so that nothing would be blocked (vectors rarely "
+                "recur); give another kind, or your own mask="
+            )
         return masks[kind]
     if not isinstance(own, Tensor) or own.dtype != torch.bool:
         raise WrongType(f"mask is a boolean tensor [sequence query key], True at the keys to block; got {own!r:.80}")
-    if own.shape != (*tokens.shape, tokens.shape[1]):
+    if own.shape != (*tokens.shape[:2], tokens.shape[1]):
         raise InputError(f"mask has shape {list(own.shape)}; tokens {list(tokens.shape)} need [sequence query key]")
     return own.to(tokens.device)
 
@@ -125,7 +131,7 @@ def all_but(mask: Mask, model: HookedTransformer) -> Keeps:
 def knockout_after(
     model: HookedTransformer,
     untouched: ActivationCache,
-    tokens: Int[Tensor, "sequence pos"],
+    tokens: Shaped[Tensor, "sequence pos *d_in"],
     metric: Any,
     kind: str,
     keeps: Keeps,
@@ -170,6 +176,8 @@ def weakened(model: HookedTransformer, untouched: ActivationCache, keeps: Keeps)
 
 
 def demo(model: HookedTransformer) -> Knockout:
-    """Block attention to what followed earlier occurrences, on random tokens that repeat."""
+    """Block attention to what followed earlier occurrences, on random tokens that repeat; to the first of vectors."""
+    if reads_vectors(model):
+        return knock_out_keys(model, demo_texts(model, 4, 8), prediction(model), kind="first")
     sequences = repeated_tokens(model, 4)
     return knock_out_keys(model, sequences.tokens, sequences.metric())

@@ -15,17 +15,16 @@ from hooklens.core.component import head_name
 from hooklens.core.hooks import HookFn
 from hooklens.core.names import Where
 from hooklens.data.prompts import Pairs, Prompts
-from hooklens.data.repeated import repeated_tokens
 from hooklens.metrics import need_metric
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.head_ranking import Head, head_table, in_order
-from hooklens.plugins.heads.which import Heads, captured, check_model, one_length
+from hooklens.plugins.heads.which import Heads, captured, check_model, demo_sequences, one_length
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.many_edits import Edits, Hooks, Index, run_edits
 from hooklens.sweeps.nodes import read_heads
 from hooklens.sweeps.planning import points_of
-from hooklens.sweeps.replacement import Mean, Value, activations_of, are_tokens, as_replacement, targets_of
+from hooklens.sweeps.replacement import Mean, Value, activations_of, are_prompts, as_replacement, targets_of
 from hooklens.sweeps.resume import Resume, resuming
 
 ROADS = ("total", "direct", "through MLPs", "through heads", "interaction")
@@ -163,7 +162,7 @@ def written_z(
     (target,) = targets_of(model, [pairs], points, paired=False)
     (written,) = as_replacement(value).once([target])
     own = {name: cache[name] for name in points}
-    return activations_of(target.read(written) if are_tokens(written) else written, own)
+    return activations_of(target.read(written) if are_prompts(written, tokens) else written, own)
 
 
 def _there(model: HookedTransformer, names: Sequence[str]) -> list[str]:
@@ -199,7 +198,6 @@ def without(rows: Index, written: dict[str, Tensor], at: Head) -> tuple[Where, H
 
 def demo(model: HookedTransformer) -> Mediation:
     """The first and last head on short sequences that repeat; works on any model whose blocks are not post-norm."""
-    both = repeated_tokens(model, 8, length=13)
-    text, others = both.part(0, 4), both.part(4, 8)
+    tokens, metric, others = demo_sequences(model)
     heads = dict.fromkeys([(0, 0), (model.cfg.n_layers - 1, model.cfg.n_heads - 1)])
-    return measure_mediation(model, text.tokens, text.metric(), list(heads), value=Mean(others.tokens))
+    return measure_mediation(model, tokens, metric, list(heads), value=Mean(others))

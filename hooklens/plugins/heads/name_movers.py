@@ -9,6 +9,7 @@ from hooklens.core.errors import InputError, WrongType
 from hooklens.core.precision import widened
 from hooklens.core.progress_bar import tracked
 from hooklens.data.prompt_pairs import PromptPairs
+from hooklens.data.prompts import need_tokens
 from hooklens.metrics import LogitDiff, answer_ids, logit_diff
 from hooklens.model.ids import as_ids
 from hooklens.model.linear import packed_linears, without_bias
@@ -37,6 +38,7 @@ def find_name_movers(model: HookedTransformer, pairs: PromptPairs, *, criteria: 
     Reference: Wang et al. (2022), "Interpretability in the Wild", sections 3.1 and 3.2 (copy score, path patching).
     """
     check_model(model, "find_name_movers")
+    need_tokens(model, "find_name_movers", "hl.path_patch(model, clean, corrupted, metric) reads vectors")
     model.blocks[0].need_sum("a direct effect")
     if not isinstance(pairs, PromptPairs):
         raise WrongType(f"name movers are found on PromptPairs with columns 'io' and 'end', got {pairs!r:.80}")

@@ -20,6 +20,7 @@ from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.head_ranking import Head, PerHead, head_table, ranked
 from hooklens.plugins.heads.which import captured, check_model
 from hooklens.plugins.weights.matrices import heads_of
+from hooklens.plugins.weights.needs import Needs, needs_tokens
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import Tested
 
@@ -202,6 +203,9 @@ def _from_rotary(
     return q[None, None], lambda x: torch.einsum("tphd,khd->thpk", turned(x), keys) / attn.scale
 
 
-def demo(model: HookedTransformer) -> PositionScores:
+def demo(model: HookedTransformer) -> PositionScores | Needs:
     """Eight positions; works on any model whose every layer has a position signal."""
+    lacks = needs_tokens(model)
+    if lacks is not None and model.pos_embed is None:  # queries and keys of rotary positions are those of tokens
+        return lacks
     return score_positions(model, n_pos=8, n=4)

@@ -14,12 +14,11 @@ from hooklens.core.cache import ActivationCache
 from hooklens.core.component import head_name
 from hooklens.core.errors import InputError
 from hooklens.data.prompts import Prompts
-from hooklens.data.repeated import repeated_tokens
 from hooklens.metrics import need_metric
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.head_ranking import Head, head_table
 from hooklens.plugins.heads.mediation import ablations, without, written_z
-from hooklens.plugins.heads.which import Heads, captured, check_model, one_length
+from hooklens.plugins.heads.which import Heads, captured, check_model, demo_sequences, one_length
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
@@ -176,9 +175,8 @@ def _cka(x: Float[Tensor, "chosen token d_model"], orders: Int[Tensor, "draw tok
 
 def demo(model: HookedTransformer) -> Redundancy | Needs:
     """The first head of the first layer and some of the last, on short sequences that repeat."""
-    both = repeated_tokens(model, 8, length=13)
-    text, others = both.part(0, 4), both.part(4, 8)
+    tokens, metric, others = demo_sequences(model)
     heads = dict.fromkeys([(0, 0), *((model.cfg.n_layers - 1, head) for head in range(min(3, model.cfg.n_heads)))])
     if len(heads) < 2:
         return Needs("two heads")
-    return measure_redundancy(model, text.tokens, text.metric(), list(heads), value=Mean(others.tokens))
+    return measure_redundancy(model, tokens, metric, list(heads), value=Mean(others))

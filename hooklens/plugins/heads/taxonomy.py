@@ -11,6 +11,7 @@ from hooklens.core.arguments import whole
 from hooklens.core.cache import ActivationCache
 from hooklens.core.errors import ArgumentError, InputError
 from hooklens.data.indirect_object import check_n_pairs
+from hooklens.data.prompts import need_tokens
 from hooklens.data.repeated import Repeated, repeated_tokens
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
@@ -24,6 +25,7 @@ from hooklens.plugins.heads.named import name_evidence
 from hooklens.plugins.heads.previous_token import PositionScores, score_positions
 from hooklens.plugins.heads.rotations import DRAWS, Mask
 from hooklens.plugins.heads.which import captured, check_model
+from hooklens.plugins.weights.needs import Needs, needs_tokens
 from hooklens.results.statistics import q_values
 from hooklens.sweeps.settings import engine
 
@@ -57,6 +59,7 @@ def classify_heads(
     Suppression"; Geva et al. (2023), "Dissecting Recall of Factual Associations" (attention knockout).
     """
     check_model(model, "classify_heads")
+    need_tokens(model, "classify_heads", "hl.heads.score_heads(model, prompts) and hl.ablate read vectors")
     check_sizes(n, alpha)
     check_pairs_asked(ioi)
     both = repeated_tokens(model, 2 * n, seed=seed)
@@ -209,6 +212,6 @@ def _suppression(model: HookedTransformer, taxonomy: Taxonomy, reported: Repeate
     return CopySuppression(direct, control, change, "random tokens that repeat")
 
 
-def demo(model: HookedTransformer) -> Taxonomy:
+def demo(model: HookedTransformer) -> Taxonomy | Needs:
     """The taxonomy on a few short sequences; works on any model that reads tokens."""
-    return classify_heads(model, n=6, draws=50, ioi=0)
+    return needs_tokens(model) or classify_heads(model, n=6, draws=50, ioi=0)

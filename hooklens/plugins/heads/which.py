@@ -1,15 +1,19 @@
 """The model and the prompts that every method of this folder begins with: what is refused, and the run that is kept."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from hooklens.core.cache import ActivationCache
 from hooklens.core.errors import InputError
 from hooklens.core.names import Where
-from hooklens.data.prompts import Prompts, rows_of
+from hooklens.data.demo_prompts import demo_texts
+from hooklens.data.prompts import Prompts, reads_vectors, rows_of
+from hooklens.data.repeated import repeated_tokens
+from hooklens.metrics import prediction
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer, need_hooked
 from hooklens.sweeps.naive import drops_out
@@ -27,8 +31,8 @@ def check_model(model: HookedTransformer, asker: str) -> None:
         )
 
 
-def one_length(model: HookedTransformer, prompts: Prompts, *, least: int = 1) -> Int[Tensor, "sequence pos"]:
-    """The prompts' token ids; all prompts must have the same number of tokens."""
+def one_length(model: HookedTransformer, prompts: Prompts, *, least: int = 1) -> Shaped[Tensor, "sequence pos *d_in"]:
+    """The prompts' token ids, or vectors; all prompts must have the same number of tokens."""
     rows = rows_of(model, prompts, "prompts")
     lengths = sorted({len(row) for row in rows})
     if len(lengths) > 1 or lengths[0] < least:
@@ -40,8 +44,18 @@ def one_length(model: HookedTransformer, prompts: Prompts, *, least: int = 1) ->
 
 
 def captured(
-    model: HookedTransformer, tokens: Int[Tensor, "sequence pos"], names: Where
+    model: HookedTransformer, tokens: Shaped[Tensor, "sequence pos *d_in"], names: Where
 ) -> tuple[Float[Tensor, "sequence pos d_model"], ActivationCache]:
     """The stream that leaves the last block, and these activations; nothing is unembedded."""
     with torch.no_grad(), packed_linears(rows=1024):
         return model.run_with_cache(tokens, names, stop_at_layer=model.cfg.n_layers)
+
+
+def demo_sequences(model: HookedTransformer) -> tuple[Tensor, Any, Tensor]:
+    """Four short sequences that repeat with the metric of their repeats, and four others; or vectors."""
+    if reads_vectors(model):
+        both = demo_texts(model, 8, 13)
+        return both[:4], prediction(model), both[4:]
+    repeats = repeated_tokens(model, 8, length=13)
+    text = repeats.part(0, 4)
+    return text.tokens, text.metric(), repeats.part(4, 8).tokens

@@ -21,9 +21,10 @@ from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens.layer_lens import LogitLens, read_lens
 from hooklens.plugins.lens.least_squares import regressed
-from hooklens.plugins.lens.reading import answers_of, check_quiet, one_length, stream_labels
+from hooklens.plugins.lens.reading import answers_of, check_quiet, need_probabilities, one_length, stream_labels
 from hooklens.plugins.lens.training import Schedule, constant_kl, train, window_kl
 from hooklens.plugins.lens.translators import TunedLens as TunedLens
+from hooklens.plugins.weights.needs import Needs, needs_tokens
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval
 
@@ -98,6 +99,7 @@ def fit_tuned_lens(
 
     Reference: Din et al. (2023), "Jump to Conclusions: Short-Cutting Transformers With Linear Transformations".
     """
+    need_probabilities(model, "fit_tuned_lens")
     check_quiet(model)
     kept, measured = _split(_windows(model, tokens))
     lens = regressed(model, kept)
@@ -142,6 +144,7 @@ def train_tuned_lens(
 
     Reference: Belrose et al. (2023), "Eliciting Latent Predictions from Transformers with the Tuned Lens", section 2.
     """
+    need_probabilities(model, "train_tuned_lens")
     need_gradients("train_tuned_lens")
     whole("steps", steps, 1)
     whole("batch", batch, 1)
@@ -191,6 +194,7 @@ def tuned_lens(
 
     Reference: Belrose et al. (2023), section 2.
     """
+    need_probabilities(model, "tuned_lens")
     lens.check_fits(model)
     ids, right = one_length(model, tokens), answers_of(tokens, answer)[0]
     return read_lens(model, ids, answer=right, k=k, translate=lens, lens="tuned lens")
@@ -220,6 +224,6 @@ def _windows(model: HookedTransformer, tokens: Any) -> Int[Tensor, "window pos"]
     return one_length(model, parts)
 
 
-def demo(model: HookedTransformer) -> TunedLensTraining:
+def demo(model: HookedTransformer) -> TunedLensTraining | Needs:
     """Twenty steps on eight short sentences; random token numbers if the model has no tokenizer."""
-    return train_tuned_lens(model, demo_texts(model, 8, 8), steps=20, lr=0.02)[1]
+    return needs_tokens(model) or train_tuned_lens(model, demo_texts(model, 8, 8), steps=20, lr=0.02)[1]

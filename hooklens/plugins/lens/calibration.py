@@ -14,7 +14,15 @@ from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
 from hooklens.model.ids import show
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.lens.reading import check_quiet, one_length, packing, prompts_at_once, read_streams
+from hooklens.plugins.lens.reading import (
+    check_quiet,
+    need_probabilities,
+    one_length,
+    packing,
+    prompts_at_once,
+    read_streams,
+)
+from hooklens.plugins.weights.needs import Needs, needs_tokens
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, mean_interval, null_p, quantiles
 
@@ -187,6 +195,7 @@ def measure_calibration(
     Reference: Guo et al. (2017), "On Calibration of Modern Neural Networks", equation 3; Nguyen and O'Connor (2015),
     "Posterior calibration and exploratory analysis for natural language processing models" (adaptive bins).
     """
+    need_probabilities(model, "measure_calibration")
     whole("n_bins", n_bins, 1)
     ids = one_length(model, tokens)
     if ids.shape[1] < 2:
@@ -261,6 +270,6 @@ def _by_chance(confidence: Tensor, edges: Tensor, seed: int, draws: int = 200) -
     return torch.stack(errors)
 
 
-def demo(model: HookedTransformer) -> Calibration:
+def demo(model: HookedTransformer) -> Calibration | Needs:
     """Twelve short sentences; without a tokenizer, random token numbers, which no model can predict."""
-    return measure_calibration(model, demo_texts(model, 12, 16))
+    return needs_tokens(model) or measure_calibration(model, demo_texts(model, 12, 16))

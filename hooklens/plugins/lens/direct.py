@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from hooklens.core.cache import ActivationCache
@@ -36,7 +36,7 @@ class Direct(NamedTuple):
 class DirectEffects:
     """One position of each prompt: its activations, and the vector that turns a stream into the answer's logit."""
 
-    def __init__(self, model: HookedTransformer, tokens: Int[Tensor, "prompt pos"], pos: int, pick: Pick):
+    def __init__(self, model: HookedTransformer, tokens: Shaped[Tensor, "prompt pos *d_in"], pos: int, pick: Pick):
         if not -tokens.shape[1] <= pos < tokens.shape[1]:
             raise InputError(f"pos={pos} is out of range for a prompt of {tokens.shape[1]} tokens")
         self.model, self.pick = model, pick
@@ -57,8 +57,10 @@ class DirectEffects:
         return (x.to(self.wide) * self.vector.to(self.wide)).sum(-1)
 
     def spread(self, x: Float[Tensor, "*lead prompt d_model"]) -> Float[Tensor, "*lead prompt"]:
-        """The standard deviation over the vocabulary of what they add to a token's logit."""
+        """The standard deviation over the vocabulary of what they add to a token's logit; NaN for a single output."""
         linear = self.model.unembed.linear
+        if self.model.cfg.d_vocab_out < 2:
+            return torch.full_like(x[..., 0], float("nan"), dtype=self.wide)
         with torch.no_grad():
             read = self.final.frozen(x, self.final_scale)
             n = self.model.cfg.d_vocab_out
@@ -79,7 +81,7 @@ class DirectEffects:
 
 def direct_effects(
     model: HookedTransformer,
-    tokens: Int[Tensor, "prompt pos"],
+    tokens: Shaped[Tensor, "prompt pos *d_in"],
     right: Int[Tensor, "prompt"],
     wrong: Int[Tensor, "prompt"] | None,
     pos: int,

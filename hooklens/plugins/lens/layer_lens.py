@@ -16,6 +16,7 @@ from hooklens.metrics import Answers, answer_ids
 from hooklens.model.ids import show
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens import reading
+from hooklens.plugins.weights.needs import Needs, needs_tokens
 from hooklens.results.result import Result, Table
 
 _WRITTEN = 40  # maximum number of columns for which a figure's cells show words
@@ -145,6 +146,7 @@ def logit_lens(
 
     Reference: nostalgebraist (2020), "interpreting GPT: the logit lens".
     """
+    reading.need_probabilities(model, "logit_lens")
     ids = reading.one_length(model, tokens)
     return read_lens(
         model, ids, answer=reading.answers_of(tokens, answer)[0], k=k, incl_mid=incl_mid, controls=controls
@@ -275,6 +277,6 @@ def _assembled(
     )
 
 
-def demo(model: HookedTransformer) -> LogitLens:
+def demo(model: HookedTransformer) -> LogitLens | Needs:
     """The lens on two short prompts; token numbers if the model has no tokenizer."""
-    return logit_lens(model, demo_pairs(model, 2).clean)
+    return needs_tokens(model) or logit_lens(model, demo_pairs(model, 2).clean)

@@ -10,7 +10,7 @@ from torch import Tensor
 from hooklens.core.component import head_name, head_names, layer_names, neuron_name
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs
-from hooklens.data.prompts import Prompts
+from hooklens.data.prompts import Prompts, reads_vectors
 from hooklens.metrics import Answers
 from hooklens.model.ids import show
 from hooklens.model.transformer import HookedTransformer
@@ -166,7 +166,8 @@ def direct_logit_attribution(
     `answer` and `wrong_answer` are one token for all prompts or one per prompt; prompts may differ in length. Without a
     wrong answer the numbers are defined only up to a shift of all logits. A component that acts only through later
     layers contributes nothing here, and a contribution that a later layer removes still counts. Prompts of one `group`
-    are related: intervals are over groups. `PromptPairs` stand for their clean prompts, answers and groups.
+    are related: intervals are over groups. `PromptPairs` stand for their clean prompts, answers and groups. For a model
+    with one output number the answer is that number: leave it out. It has no spread over tokens.
 
     Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits"; Wang et al. (2022), section 3.
     """
@@ -184,14 +185,20 @@ def direct_logit_attribution(
         labels=parts[0].labels,
         sources=[sources[i] for i in range(len(numbers))],
         str_tokens=[show(model, row) for row in prompts.rows],
-        answer=show(model, prompts.right),
-        wrong_answer=None if prompts.wrong is None else show(model, prompts.wrong),
+        answer=_outputs(model, prompts.right),
+        wrong_answer=None if prompts.wrong is None else _outputs(model, prompts.wrong),
         capped=model.cfg.output_logits_soft_cap is not None,
         error=max(part.error for part in parts),
         group=prompts.group,
     )
 
 
+def _outputs(model: HookedTransformer, ids: Int[Tensor, "prompt"]) -> list[str]:
+    """The answers as text; numbers that a model of vectors puts out by their place."""
+    return [f"output {i}" for i in ids.tolist()] if reads_vectors(model) else show(model, ids)
+
+
 def demo(model: HookedTransformer) -> LogitAttribution | Needs:
-    """Two short prompts; token numbers where the model has no tokenizer."""
-    return lacking(model, tokens=False) or direct_logit_attribution(model, demo_pairs(model, 2))
+    """Two short prompts; token numbers where the model has no tokenizer, or vectors and the first output number."""
+    answer = 0 if reads_vectors(model) else None
+    return lacking(model, tokens=False) or direct_logit_attribution(model, demo_pairs(model, 2), answer=answer)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from hooklens.core.errors import ArgumentError, InputError
@@ -15,7 +15,7 @@ from hooklens.core.hooks import edited_elsewhere
 from hooklens.core.precision import as_wide_as, widened
 from hooklens.core.progress_bar import progress
 from hooklens.data.prompt_pairs import PromptPairs
-from hooklens.data.prompts import Prompts, rows_of
+from hooklens.data.prompts import Prompts, Row, need_tokens, rows_of
 from hooklens.metrics import Answers, answer_ids, check_answers_differ
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
@@ -55,8 +55,8 @@ def packing(rows: int) -> AbstractContextManager:
     return packed_linears(rows=1024) if rows >= _WORTH_PACKING else nullcontext()
 
 
-def one_length(model: HookedTransformer, prompts: Prompts | PromptPairs) -> Int[Tensor, "batch pos"]:
-    """The prompts as tokens [batch pos]; prompts of different lengths raise an error."""
+def one_length(model: HookedTransformer, prompts: Prompts | PromptPairs) -> Shaped[Tensor, "batch pos *d_in"]:
+    """The prompts as tokens [batch pos], or vectors [batch pos d_in]; prompts of different lengths raise an error."""
     rows = rows_of(model, clean_of(prompts), "tokens")
     lengths = sorted({len(row) for row in rows})
     if len(lengths) > 1:
@@ -71,7 +71,7 @@ def one_length(model: HookedTransformer, prompts: Prompts | PromptPairs) -> Int[
 class AnsweredPrompts:
     """Prompts of any lengths, with the answer to each, the wrong answers if any, and the groups of related prompts."""
 
-    rows: list[Int[Tensor, "_"]]
+    rows: list[Row]
     right: Int[Tensor, "prompt"]
     wrong: Int[Tensor, "prompt"] | None
     group: Groups
@@ -98,6 +98,8 @@ def answered_prompts(
 ) -> AnsweredPrompts:
     """Read prompts and answers. PromptPairs stand for their clean prompts, their answers and their groups."""
     right, wrong = answers_of(tokens, answer, wrong_answer)
+    if right is None and model.cfg.d_vocab_out == 1:
+        right = 0  # the one number that the model puts out
     if right is None:
         raise ArgumentError("{answer} is missing; give a token for all prompts or one per prompt, or PromptPairs")
     rows, wrong_ids = rows_of(model, clean_of(tokens), "tokens"), None
@@ -156,8 +158,16 @@ def stream_labels(model: HookedTransformer, *, incl_mid: bool = False) -> list[s
     return [f"{layer}_{part}" for layer in range(n) for part in mids] + ["final_post"]
 
 
+def need_probabilities(model: HookedTransformer, asker: str) -> None:
+    """Raise where a lens compares distributions over tokens, and the model reads vectors or has one output number."""
+    instead = "hl.lens.prediction_lens(model, prompts) gives its output after every layer"
+    need_tokens(model, asker, instead)
+    if model.cfg.d_vocab_out < 2:
+        raise InputError(f"{asker} compares probabilities of tokens, and this model's output is one number; {instead}")
+
+
 def streams_of(
-    model: HookedTransformer, tokens: Int[Tensor, "batch pos"], *, incl_mid: bool = False
+    model: HookedTransformer, tokens: Shaped[Tensor, "batch pos *d_in"], *, incl_mid: bool = False
 ) -> Float[Tensor, "layer batch pos d_model"]:
     """The stream before every block (with `incl_mid`, also after its attention), and the input of the final norm."""
     sites = ["resid_pre", "resid_mid"] if incl_mid else ["resid_pre"]
@@ -169,7 +179,9 @@ def streams_of(
     return torch.stack([*(cache[name] for name in cache), final])
 
 
-def prompts_at_once(model: HookedTransformer, tokens: Int[Tensor, "batch pos"]) -> Iterator[Int[Tensor, "some pos"]]:
+def prompts_at_once(
+    model: HookedTransformer, tokens: Shaped[Tensor, "batch pos *d_in"]
+) -> Iterator[Shaped[Tensor, "some pos *d_in"]]:
     """Groups of prompts whose streams fit the memory limit."""
     size = tokens.shape[1] * model.cfg.d_model * (2 * model.cfg.n_layers + 1)
     yield from tokens.split(max(1, _STREAMS_AT_ONCE // size))

@@ -16,6 +16,7 @@ from hooklens.model.ids import show
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens import reading
 from hooklens.plugins.lens.translators import TunedLens
+from hooklens.plugins.weights.needs import Needs, needs_tokens
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import Groups
 
@@ -135,6 +136,7 @@ def trace_predictions(
 
     Reference: nostalgebraist (2020), "interpreting GPT: the logit lens"; Belrose et al. (2023), section 3.
     """
+    reading.need_probabilities(model, "trace_predictions")
     reading.check_quiet(model)
     if lens is not None:
         lens.check_fits(model)
@@ -197,6 +199,6 @@ def _others(n: int, at: int) -> list[int]:
     return sorted({rest[(2 * i + 1) * len(rest) // (2 * _CONTROLS)] for i in range(_CONTROLS)}) if rest else []
 
 
-def demo(model: HookedTransformer) -> Trajectory:
+def demo(model: HookedTransformer) -> Trajectory | Needs:
     """Two short prompts; token numbers if the model has no tokenizer."""
-    return trace_predictions(model, demo_pairs(model, 2))
+    return needs_tokens(model) or trace_predictions(model, demo_pairs(model, 2))

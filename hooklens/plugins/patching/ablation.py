@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.data.demo_prompts import demo_texts
+from hooklens.data.demo_prompts import demo_metric, demo_texts
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Prompts, read_pairs
-from hooklens.metrics import log_prob
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import check_metric
@@ -124,8 +123,7 @@ def ablate(
     """What does the metric lose without each component? One exact ablation for every cell of a grid.
 
     >>> from hooklens.testing import induction_model
-    >>> from hooklens.metrics import log_prob
-    >>> model = induction_model(); prompts = torch.tensor([[3, 1, 4, 3], [5, 2, 6, 5], [7, 9, 8, 7]])
+    >>>     >>> model = induction_model(); prompts = torch.tensor([[3, 1, 4, 3], [5, 2, 6, 5], [7, 9, 8, 7]])
     >>> sweep = ablate(model, prompts, log_prob(model, answer=[1, 2, 9]), value="zero")
     >>> sweep.effect.round(decimals=1)            # layer head: L0H0 previous token, L1H1 induction
     tensor([[-1.2000,  0.0000],
@@ -190,4 +188,4 @@ def _needs(axes: tuple[str, ...], patches: Sequence[Patch] | None) -> tuple[str,
 def demo(model: HookedTransformer) -> AblationSweep:
     """Every head, resampled among six short prompts; random token numbers where the model has no tokenizer."""
     with engine(progress=False):
-        return ablate(model, demo_texts(model, 6, 8), log_prob(model, answer=0), value=Resample(draws=2))
+        return ablate(model, demo_texts(model, 6, 8), demo_metric(model), value=Resample(draws=2))

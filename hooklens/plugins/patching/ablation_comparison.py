@@ -7,10 +7,9 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.data.demo_prompts import demo_texts
+from hooklens.data.demo_prompts import demo_metric, demo_texts
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
-from hooklens.metrics import log_prob
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.ablation import AblationSweep, ablate
 from hooklens.plugins.patching.grid import draw_agreement
@@ -112,4 +111,4 @@ def compare_ablations(
 def demo(model: HookedTransformer) -> AblationComparison:
     """Every head, on six short prompts; random token numbers where the model has no tokenizer."""
     with engine(progress=False):
-        return compare_ablations(model, demo_texts(model, 6, 8), log_prob(model, answer=0))
+        return compare_ablations(model, demo_texts(model, 6, 8), demo_metric(model))

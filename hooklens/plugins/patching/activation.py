@@ -75,6 +75,7 @@ def patch(
     """Which activations carry the difference between clean and corrupted? One exact patch for every cell of a grid.
 
     Give two prompts (or lists of them) and a metric, or `PromptPairs`, as every method between two prompts takes them.
+    A model that reads vectors takes vectors [pair pos d_in], and a metric such as `hl.prediction(model)`.
 
     >>> import torch
     >>> from hooklens.testing import tiny_model

@@ -40,7 +40,11 @@ class OnGrid:
         """The name of a grid index: L5H1, L3 ' Mary' (4), L2N17."""
         parts = dict(zip(self.by, index, strict=True))
         name = "".join(self.labels[axis][i] for axis, i in parts.items() if axis != "pos")
-        return name + (f" {self.labels['pos'][parts['pos']]!r} ({parts['pos']})" if "pos" in parts else "")
+        if "pos" not in parts:
+            return name
+        at = parts["pos"]
+        label = self.labels["pos"][at]
+        return f"{name} {label}" if label == f"vector {at}" else f"{name} {label!r} ({at})"
 
     @property
     def names(self) -> list[str]:

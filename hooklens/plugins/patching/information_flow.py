@@ -107,7 +107,7 @@ class _Between:
         n, metric = self.model.cfg.n_layers, base.per_pair.new_zeros(len(swept))
         for group in read_pairs(self.model, swept.clean, swept.corrupted, ()):
             own = of_pairs(self._at(receivers, asked), group.index, len(swept))
-            points = [(r, point_of(self.model, r.kind, r.layer)) for r in on_tokens(own, *group.clean.shape)]
+            points = [(r, point_of(self.model, r.kind, r.layer)) for r in on_tokens(own, *group.clean.shape[:2])]
             with torch.no_grad():
                 _, cache = self.model.run_with_cache(group.clean, [at for _, at in points], stop_at_layer=n)
                 hooks = [(at, _clean_into(cache[at], r)) for r, at in points]

@@ -5,14 +5,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_pairs
-from hooklens.data.prompts import Prompts, rows_of
+from hooklens.data.prompts import Prompts, Row, reads_vectors, rows_of
 from hooklens.metrics import ReadingMetric, need_metric
-from hooklens.model.config import TokenEmbed
 from hooklens.model.ids import show
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.backward import backward_rows, gradients_of, need_backward
@@ -41,8 +40,8 @@ class EmbeddingPath:
     (torch.Size([2, 1]), torch.Size([2, 1, 3]))
     """
 
-    tokens: Int[Tensor, "prompt pos"]
-    baseline: str | Int[Tensor, "prompt pos"]
+    tokens: Shaped[Tensor, "prompt pos *d_in"]
+    baseline: str | Shaped[Tensor, "prompt pos *d_in"]
     metric: Any
     str_tokens: list[list[str]]
 
@@ -50,15 +49,18 @@ class EmbeddingPath:
     def of(cls, model: HookedTransformer, prompts: Prompts, metric: Any, baseline: Any) -> "EmbeddingPath":
         need_backward(model, "an attribution to tokens")
         need_metric(metric)
-        if not isinstance(model.cfg.embed, TokenEmbed):
-            raise InputError("token attributions need a model that reads tokens; this one reads vectors")
+        if reads_vectors(model) and isinstance(baseline, str) and baseline == "mean":
+            raise InputError(
+                "baseline='mean' is the mean of all token embeddings, and this model reads vectors; give 'zero' (zero "
+                "vectors), or vectors of the prompts' shape such as their mean"
+            )
         tokens = _of_one_length(rows_of(model, prompts, "prompts"))
         if not isinstance(baseline, str) or baseline not in _WORDS:
             baseline = _of_one_length(rows_of(model, baseline, "baseline"))
             if baseline.shape != tokens.shape:
                 raise InputError(
-                    f"a baseline holds one prompt of the same length for each, got {list(baseline.shape)} tokens for "
-                    f"{list(tokens.shape)}; or 'zero' or 'mean'"
+                    f"a baseline holds one prompt of the same length for each, got {list(baseline.shape)} "
+                    f"{'vectors' if reads_vectors(model) else 'tokens'} for {list(tokens.shape)}; or 'zero' or 'mean'"
                 )
         return cls(tokens, baseline, metric, [show(model, row) for row in tokens])
 
@@ -94,6 +96,8 @@ class EmbeddingPath:
             x = _embedded(model, self.tokens)
             if isinstance(self.baseline, Tensor):
                 start = _embedded(model, self.baseline)
+            elif self.baseline == "zero" and reads_vectors(model):
+                start = model.embed(torch.zeros_like(self.tokens))  # an embedding may have a bias
             elif self.baseline == "zero":
                 start = torch.zeros_like(x)
             else:
@@ -111,7 +115,7 @@ class EmbeddingPath:
 
     def _stream(self, model: HookedTransformer, x: Tensor, n: int = 1) -> Tensor:
         """The stream that leaves the last block of the prompts, `n` times, with other embeddings."""
-        write, tokens = ("hook_embed", lambda act, hook: x), self.tokens.repeat(n, 1)
+        write, tokens = ("hook_embed", lambda act, hook: x), self.tokens.repeat(n, *[1] * (self.tokens.ndim - 1))
         return model.run_with_hooks(tokens, fwd_hooks=[write], stop_at_layer=model.cfg.n_layers)
 
     def at_end(self, model: HookedTransformer) -> PerToken:
@@ -119,12 +123,14 @@ class EmbeddingPath:
         return self.slopes(model, torch.ones(1, len(self.tokens)))[1][0]
 
 
-def _embedded(model: HookedTransformer, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos d_model"]:
+def _embedded(
+    model: HookedTransformer, tokens: Shaped[Tensor, "prompt pos *d_in"]
+) -> Float[Tensor, "prompt pos d_model"]:
     """What `hook_embed` holds, other people's edits included."""
     return model.run_with_cache(tokens, names="hook_embed", stop_at_layer=0)[1]["hook_embed"]
 
 
-def _of_one_length(rows: list[Int[Tensor, "_"]]) -> Int[Tensor, "prompt pos"]:
+def _of_one_length(rows: list[Row]) -> Shaped[Tensor, "prompt pos *d_in"]:
     if len({len(row) for row in rows}) > 1:
         lengths = sorted({len(row) for row in rows})
         raise InputError(f"tokens are attributed prompt by prompt of one length, got {lengths}; take each length apart")
@@ -244,7 +250,8 @@ def integrated_gradients(
     (0.0, True)
 
     `baseline` is a choice that decides the answer: other prompts of the same length (their embeddings), "zero", or
-    "mean" (of all embeddings; both are inputs that the model never saw). The way is straight in the embeddings and
+    "mean" (of all embeddings; both are inputs that the model never saw). A model that reads vectors takes other vectors
+    or "zero" (zero vectors). The way is straight in the embeddings and
     leads through points that are no token. `steps` is the number of gradients a prompt; they are taken where the metric
     changes in a way that the gradients so far do not explain, and what stays unexplained is the `residual`: look at it
     first; one of ten times the difference is refused. `stages` is how often the weight-randomisation check looks (0:

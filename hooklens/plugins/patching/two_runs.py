@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError
-from hooklens.data.prompts import Pairs
+from hooklens.data.prompts import Pairs, same_inputs
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.grid import in_order
 from hooklens.results.account import RunAccount
@@ -120,7 +120,7 @@ def with_other(model: HookedTransformer, outcome: Outcome, group: Pairs, name: s
         where = "every activation is finite: look at the metric" if point is None else f"not finite from {point} on"
         raise InputError(f"the metric of the {name} run is {fault}: {where}")
     if group.aligned:  # the same prompt twice is the same number, not one to rounding
-        other = torch.where((group.clean == group.corrupted).all(1), outcome.base, other)
+        other = torch.where(same_inputs(group.clean, group.corrupted).all(1), outcome.base, other)
     return replace(outcome, other=other)
 
 

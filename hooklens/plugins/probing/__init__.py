@@ -19,6 +19,7 @@ from hooklens.plugins.probing.probe_use import CausalCheck, check_probe_use
 from hooklens.plugins.probing.probes import PROBES, Logistic, MassMean, Probe, ProbeKind, Ridge, WhitenedMassMean
 from hooklens.plugins.probing.study import ProbeStudy
 from hooklens.plugins.probing.task import ProbeTask, read_task
+from hooklens.plugins.probing.value_probe import ValueProbe, ValueStudy, train_value_probe
 
 __all__ = [
     "PROBES",
@@ -36,6 +37,8 @@ __all__ = [
     "Ridge",
     "TokenProjection",
     "Transfer",
+    "ValueProbe",
+    "ValueStudy",
     "WhitenedMassMean",
     "check_probe_use",
     "gather",
@@ -50,5 +53,6 @@ __all__ = [
     "subject_number",
     "sum_over_50",
     "train_probe",
+    "train_value_probe",
     "transfer_probe",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hooklens.core.arguments import whole
 from hooklens.core.errors import InputError, WrongType
+from hooklens.data.prompts import need_tokens
 from hooklens.model.ids import as_ids, show
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.probing.gathering import gather
@@ -17,6 +18,7 @@ from hooklens.plugins.probing.labels import odd_first
 from hooklens.plugins.probing.probe_use import NULLS, random_directions
 from hooklens.plugins.probing.probes import MassMean, Probe
 from hooklens.plugins.probing.scoring import Trainer, as_rows
+from hooklens.plugins.weights.needs import Needs, needs_tokens
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import auc, null_p
 
@@ -103,6 +105,7 @@ def project_tokens(
     >>> shown.along.shape, shown.random_auc.shape                  # token; null draw
     (torch.Size([11]), torch.Size([2, 100]))
     """
+    need_tokens(model, "project_tokens", "measure_geometry compares directions at a point of the model instead")
     label = label.long() if isinstance(label, Tensor) and label.dtype == torch.bool else label
     ids, classes = as_ids(tokens, "tokens are a row of ids"), as_ids(label, "labels are 0 or 1, one per token")
     if ids.ndim != 1 or ids.shape != classes.shape or set(classes.tolist()) != {0, 1}:
@@ -166,8 +169,10 @@ def _across(embed: Tensor, where: Tensor, second: Probe | None) -> tuple[Tensor,
     return embed @ axis, "largest remaining variance"
 
 
-def demo(model: HookedTransformer) -> TokenProjection:
+def demo(model: HookedTransformer) -> TokenProjection | Needs:
     """Odd and even token numbers along a direction at the first layer; works on any model, without a tokenizer."""
+    if lacks := needs_tokens(model):
+        return lacks
     task = odd_first(model)
     x = gather(model, task, site="blocks.0.hook_resid_post").x[0]
     fitted = Trainer(MassMean(), 2).fit(as_rows(x), task.label.numpy())

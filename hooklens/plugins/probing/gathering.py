@@ -19,8 +19,7 @@ from hooklens.core.fingerprint import identity
 from hooklens.core.hooks import edited_elsewhere
 from hooklens.core.names import Where, axes, parse, resolve
 from hooklens.core.progress_bar import progress
-from hooklens.data.prompts import Prompts, rows_of
-from hooklens.model.config import TokenEmbed
+from hooklens.data.prompts import Prompts, row_key, rows_of
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.probing.scoring import as_rows
@@ -38,7 +37,8 @@ class Activations(Result):
     """The activations of each point at each example's position; head and other axes are flattened into one.
 
     `embed` is the example's token embedding as it enters the stream, without its position. `context` is its mean over
-    the prompt up to that position: the information available before the model computes anything. On disk `x` is
+    the prompt up to that position: the information available before the model computes anything. Where a model reads
+    vectors, `token` numbers them. On disk `x` is
     memory-mapped: read one point at a time.
     """
 
@@ -101,8 +101,6 @@ def gather(
     hooks are active, because the files would outlive them). Without `folder`, they stay in memory up to `memory` bytes
     and go to unnamed temporary files beyond that. `average` gives the mean over all positions up to the chosen one.
     """
-    if not isinstance(model.cfg.embed, TokenEmbed):
-        raise InputError("gather needs token prompts, but this model reads vectors; use run_with_cache")
     folder = None if folder is None else path_of(folder, "folder")
     if folder is not None and _hooked(model):
         raise InputError(
@@ -137,7 +135,7 @@ def gather(
     return Activations(
         x=arrays["x"],
         points=points,
-        token=torch.stack([rows[i][p] for i, p in zip(prompt.tolist(), at.tolist(), strict=True)]),
+        token=_tokens_read([rows[i][p] for i, p in zip(prompt.tolist(), at.tolist(), strict=True)]),
         prompt=prompt,
         pos=at,
         group=group,
@@ -178,8 +176,14 @@ def _examples(
     rows = [row.cpu() for row in rows_of(model, prompts, "prompts")]
     places = [range(len(row)) for row in rows] if pos is None else [[place] for place in positions_of(rows, pos)]
     prompt = torch.tensor([i for i, chosen in enumerate(places) for _ in chosen])
-    same = components([[tuple(rows[i].tolist())] for i in prompt.tolist()])
+    same = components([[row_key(rows[i])] for i in prompt.tolist()])
     return rows, prompt, torch.tensor([place for chosen in places for place in chosen]), same
+
+
+def _tokens_read(read: list[Tensor]) -> Int[Tensor, "example"]:
+    """The token that each example reads; vectors are numbered, equal ones alike."""
+    tokens = torch.stack(read)
+    return tokens if tokens.ndim == 1 else tokens.unique(dim=0, return_inverse=True)[1]
 
 
 def _tokens_at_once(model: HookedTransformer, points: list[str]) -> int:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
+from hooklens.data.demo_prompts import random_vectors
+from hooklens.data.prompts import reads_vectors
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.probing.task import ProbeTask, read_task
 from hooklens.pretrained.tokenizer import Tokenizer
@@ -147,8 +149,14 @@ def sentiment(reader: Reader, *, seed: int = 0) -> ProbeTask:
 
 
 def odd_first(model: HookedTransformer, n: int = 40, *, seed: int = 0) -> ProbeTask:
-    """Is the first token's number odd? Random prompts of at most three tokens, read at the last; no tokenizer."""
+    """Is the first token's number odd? Random prompts of at most three tokens, read at the last; no tokenizer.
+
+    For a model that reads vectors: is the first number of the first vector above 0?
+    """
     width, d_vocab = min(3, model.cfg.n_ctx), model.cfg.d_vocab
+    if reads_vectors(model):
+        vectors = random_vectors(model, n, width, seed=seed)
+        return read_task(model, vectors, (vectors[:, 0, 0] > 0).tolist(), name="first number is positive")
     tokens = torch.randint(d_vocab, (n, width), generator=seeded(seed))
     return read_task(model, tokens, [int(row[0]) % 2 for row in tokens], name="first token is odd")
 
@@ -208,5 +216,7 @@ def _task(reader: Reader, name: str, classes: list[str], rows: Sequence[_Row]) -
 def _tokenizer(reader: Any) -> Tokenizer:
     tokenizer = getattr(reader, "tokenizer", reader)
     if tokenizer is None:
-        raise InputError("the named labels need words, and this model has no tokenizer; use read_task with token ids")
+        raise InputError(
+            "the named labels need words, and this model has no tokenizer; use read_task with token ids or vectors"
+        )
     return tokenizer

@@ -11,7 +11,7 @@ from torch import Tensor
 from hooklens.core.arguments import real, seeded, whole
 from hooklens.core.errors import InputError, WrongType
 from hooklens.core.names import parse
-from hooklens.data.prompts import read_pairs
+from hooklens.data.prompts import read_pairs, reads_vectors
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.patching.two_runs import joined
@@ -19,6 +19,7 @@ from hooklens.plugins.probing.balancing import balanced
 from hooklens.plugins.probing.edited_runs import moves_along
 from hooklens.plugins.probing.folds import split
 from hooklens.plugins.probing.gathering import gather
+from hooklens.plugins.probing.labels import odd_first
 from hooklens.plugins.probing.probe_training import train_probe
 from hooklens.plugins.probing.probes import Logistic, MassMean, Probe
 from hooklens.plugins.probing.scoring import Trainer, as_rows
@@ -234,13 +235,16 @@ def random_directions(
 
 def demo(model: HookedTransformer) -> CausalCheck:
     """Is the last token's number odd, and does the logit of token 1 depend on this direction? Works on any model."""
-    d_vocab, generator = model.cfg.d_vocab, torch.Generator().manual_seed(0)
-    tokens = torch.randint(d_vocab, (40, min(3, model.cfg.n_ctx)), generator=generator)
-    task = read_task(model, tokens, [int(row[-1]) % 2 for row in tokens], name="last token is odd")
+    if reads_vectors(model):
+        task = odd_first(model)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(model.cfg.d_vocab, (40, min(3, model.cfg.n_ctx)), generator=generator)
+        task = read_task(model, tokens, [int(row[-1]) % 2 for row in tokens], name="last token is odd")
     point = "blocks.0.hook_resid_post"
     probe, _ = train_probe(model, task.take(torch.arange(20)), site=point, kind=MassMean(), null_draws=0)
 
     def logit(logits: Float[Tensor, "pair pos d_vocab"]) -> Float[Tensor, "pair"]:
-        return logits[:, -1, min(1, d_vocab - 1)]
+        return logits[:, -1, min(1, logits.shape[-1] - 1)]
 
     return check_probe_use(model, probe, task.take(torch.arange(20, 40)), logit, draws=20)

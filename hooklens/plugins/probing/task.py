@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hooklens.core.errors import ArgumentError, InputError, OutOfRange, WrongType
 from hooklens.data.prompt_pairs import PromptPairs
-from hooklens.data.prompts import Prompts, rows_of
+from hooklens.data.prompts import Prompts, Row, row_key, rows_of
 from hooklens.model.ids import show_text
 from hooklens.model.transformer import HookedTransformer
 from hooklens.results.result import Result, Table
@@ -32,7 +32,7 @@ class ProbeTask(Result):
     """
 
     name: str
-    tokens: list[Int[Tensor, "_"]]
+    tokens: list[Row]
     prompt: Int[Tensor, "example"]
     pos: Int[Tensor, "example"]
     label: Int[Tensor, "example"]
@@ -52,9 +52,9 @@ class ProbeTask(Result):
         """The prompt number of each example; prompts with the same tokens have the same number."""
         return components([[row] for row in self.token_rows()])
 
-    def token_rows(self) -> list[tuple[int, ...]]:
-        """The token ids of each example's prompt."""
-        rows = [tuple(row.tolist()) for row in self.tokens]
+    def token_rows(self) -> list[tuple[float, ...]]:
+        """The token ids of each example's prompt, or the numbers of its vectors."""
+        rows = [row_key(row) for row in self.tokens]
         return [rows[i] for i in self.prompt.tolist()]
 
     def take(self, index: Any) -> "ProbeTask":
@@ -121,8 +121,8 @@ def read_task(
         classes = ["corrupted", "clean"]
     else:
         rows = rows_of(model, prompts, "prompts")
-        label, classes = _classes(_one_per_prompt("labels", labels, len(rows)))
-        group = None if group is None else _one_per_prompt("group", group, len(rows))
+        label, classes = _classes(one_per_prompt("labels", labels, len(rows)))
+        group = None if group is None else one_per_prompt("group", group, len(rows))
     return ProbeTask(
         name=name,
         tokens=[row.cpu() for row in rows],
@@ -149,7 +149,7 @@ def positions_of(rows: Sequence[Tensor], pos: int | PerPrompt) -> list[int]:
     >>> positions_of([torch.zeros(3), torch.zeros(2)], -1)
     [2, 1]
     """
-    places = [pos] * len(rows) if isinstance(pos, int) else _one_per_prompt("pos", pos, len(rows))
+    places = [pos] * len(rows) if isinstance(pos, int) else one_per_prompt("pos", pos, len(rows))
     for i, (place, row) in enumerate(zip(places, rows, strict=True)):
         if type(place) is not int:  # True is no position
             raise WrongType(f"pos is a whole number, or one per prompt; got {place!r:.60}")
@@ -185,12 +185,12 @@ def _both_sides(
     if labels is not None or pairs.corrupted is None:
         raise ArgumentError("PromptPairs need {corrupted} prompts and no {labels}: the classes are clean and corrupted")
     n, of_pair = len(pairs), pairs.group if group is None else group
-    of_pair = _one_per_prompt("group", list(range(n)) if of_pair is None else of_pair, n)
+    of_pair = one_per_prompt("group", list(range(n)) if of_pair is None else of_pair, n)
     rows = [*rows_of(model, pairs.clean, "clean"), *rows_of(model, pairs.corrupted, "corrupted")]
     return rows, [1] * n + [0] * n, of_pair * 2
 
 
-def _one_per_prompt(name: str, values: Any, n: int) -> list:
+def one_per_prompt(name: str, values: Any, n: int) -> list:
     """The values as a list of plain numbers or texts, one per prompt."""
     listed = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(listed, Sequence) or isinstance(listed, str):
@@ -211,7 +211,7 @@ def _classes(labels: list) -> tuple[list[int], list[str]]:
     if len(kinds) > _MOST_CLASSES:
         raise InputError(
             f"labels are classes, at most {_MOST_CLASSES} of them; got {len(kinds)} different values in {len(labels)} "
-            "labels; bin the values first"
+            "labels; bin the values first, or regress them with train_value_probe"
         )
     rank = {kind: i for i, kind in enumerate(kinds)}
     return [rank[label] for label in labels], [str(kind) for kind in kinds]

@@ -14,7 +14,7 @@ from hooklens.core.errors import InputError, WrongType
 from hooklens.core.names import Where
 from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
-from hooklens.data.prompts import Prompts, read_pairs
+from hooklens.data.prompts import Prompts, need_tokens, read_pairs, reads_vectors
 from hooklens.generation.sampling import Generation
 from hooklens.model.ids import show, show_text
 from hooklens.model.transformer import HookedTransformer
@@ -87,6 +87,7 @@ def sweep_coefficients(
     Reference: Turner et al. (2023), "Activation Addition"; Rimsky et al. (2023), "Steering Llama 2 via Contrastive
     Activation Addition", section 5 (effect over multipliers, and the effect on other abilities).
     """
+    need_tokens(model, "sweep_coefficients", "hl.steer with a metric of the output reads vectors")
     settings = SweepSettings() if settings is None else settings
     if not isinstance(settings, SweepSettings):
         raise WrongType(f"settings is a SweepSettings(...), got {settings!r:.60}")
@@ -177,7 +178,7 @@ def _written(
 
 def demo(model: HookedTransformer) -> CoefficientSweep | Needs:
     """A random direction after the first block, at three coefficients, and its effect on the logit of token 1."""
-    if not model.cfg.causal or model.cfg.d_vocab_out != model.cfg.d_vocab:
+    if not model.cfg.causal or model.cfg.d_vocab_out != model.cfg.d_vocab or reads_vectors(model):
         return Needs("a model that can continue text")
     new_tokens = min(3, model.cfg.n_ctx - 1)
     prompts = demo_texts(model, 4, min(4, model.cfg.n_ctx - new_tokens))

@@ -14,7 +14,7 @@ from hooklens.core.component import layer_name
 from hooklens.core.errors import ArgumentError, InputError, OutOfRange, WrongType
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs
-from hooklens.data.prompts import Prompts, rows_of
+from hooklens.data.prompts import Prompts, reads_vectors, rows_of
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.probing.gathering import gather
 from hooklens.plugins.steering.held_out_steering import cross_fit, make_splits
@@ -154,8 +154,10 @@ def find_direction(
 
 
 def demo(model: HookedTransformer) -> ContrastDirections:
-    """The same prompts with the right answer and with a wrong answer at their end."""
+    """The same prompts with the right answer and with a wrong answer at their end, or vectors and others."""
     pairs = demo_pairs(model, 12, min(4, model.cfg.n_ctx - 1))
+    if reads_vectors(model):
+        return find_direction(model, pairs, draws=99)
     start, ends = pairs.clean, (pairs.answer, pairs.wrong_answer)
     positive, negative = (torch.cat([start, torch.tensor(end).to(start)[:, None]], 1) for end in ends)
     return find_direction(model, positive, negative, draws=99)

@@ -12,12 +12,13 @@ from hooklens.core.errors import InputError
 from hooklens.core.names import Where
 from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
-from hooklens.data.prompts import Prompts, read_pairs
+from hooklens.data.prompts import Prompts, need_tokens, read_pairs
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.steering.ablation_controls import NULLS, random_ablations, second_moment, share_of
 from hooklens.plugins.steering.steering_edit import ablate_direction, stream_sites
 from hooklens.plugins.steering.variants import Variants, texts_of, unit_controls, values_and_losses
+from hooklens.plugins.weights.needs import Needs, needs_tokens
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import group_numbers, mean_interval, middle, null_p
 from hooklens.sweeps.resume import Resume, resuming
@@ -150,6 +151,9 @@ def measure_direction_ablation(
 
     Reference: Arditi et al. (2024), "Refusal in Language Models Is Mediated by a Single Direction", sections 2.4 and 3.
     """
+    need_tokens(
+        model, "measure_direction_ablation", "hl.steering.ablate_direction with a metric of the output reads vectors"
+    )
     where = stream_sites(model) if sites is None else sites
     ablate_direction(model, direction, sites=where)  # raises if it cannot be ablated there
     if direction.ndim != 1:
@@ -192,8 +196,10 @@ def _controls(
     return random_ablations(moment, direction, controls, 0), list(NULLS)
 
 
-def demo(model: HookedTransformer) -> DirectionAblation:
+def demo(model: HookedTransformer) -> DirectionAblation | Needs:
     """Ablate the direction that raises one token's logit, everywhere; measure the effect on that logit."""
+    if lacks := needs_tokens(model):
+        return lacks
     prompts = demo_texts(model, 4, 4)
     token = 1 % model.cfg.d_vocab_out
 

@@ -34,4 +34,14 @@ def lacking(model: HookedTransformer, *, mlp: bool = False, tokens: bool = True)
         return Needs(f"a stream that components add to ({model.blocks[0].not_a_sum})")
     if mlp and model.cfg.attn_only:
         return Needs("MLPs")
-    return None if not tokens or isinstance(model.cfg.embed, TokenEmbed) else Needs("tokens")
+    return needs_tokens(model) if tokens else None
+
+
+def needs_tokens(model: HookedTransformer) -> Needs | None:
+    """What a model that reads vectors lacks for a method about tokens; None for one that reads tokens.
+
+    >>> from hooklens.testing import tiny_model
+    >>> needs_tokens(tiny_model()) is None, needs_tokens(tiny_model(embed={"part": "vectors", "d_in": 3}))
+    (True, Needs(what='tokens'))
+    """
+    return None if isinstance(model.cfg.embed, TokenEmbed) else Needs("tokens")

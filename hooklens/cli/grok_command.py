@@ -1,0 +1,129 @@
+"""`hooklens grok`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hooklens.cli.base import command, say
+from hooklens.cli.options import AsJson, check_out
+from hooklens.cli.output import show
+from hooklens.core.errors import ArgumentError, InputError, judge
+
+if TYPE_CHECKING:
+    from hooklens.studies.grokking_study import GrokkingStudy
+    from hooklens.training.run_recipe import Recipe
+
+_FAST = "A smaller setting that groks in under two minutes; see docs."
+_RUNS = "Folder of the runs; by default one below grokking_runs, named after the setting."
+
+
+@dataclass(frozen=True)
+class GrokOptions:
+    """The setting of the run. Left out, it is that of the paper, or with --fast the small one."""
+
+    fast: Annotated[bool, typer.Option("--fast", help=_FAST)] = False
+    p: Annotated[int | None, typer.Option("--p", help="The modulus, a prime; by default 113, fast 43.")] = None
+    fraction: Annotated[float | None, typer.Option(help="Share of pairs to train on; by default 0.3, fast 0.4.")] = None
+    weight_decay: Annotated[float | None, typer.Option(help="By default 1.")] = None
+    seed: Annotated[int, typer.Option(help="Seed of weights and of the split.", min=0, max=2**32 - 1)] = 0
+    seeds: Annotated[int, typer.Option(help="How many seeds to run, from --seed on.")] = 1
+    steps: Annotated[int | None, typer.Option(help="Most steps of a run; by default 20000, fast 6000.")] = None
+
+    def recipe(self, seed: int) -> "Recipe":
+        """The recipe of one seed."""
+        from hooklens.plugins.algorithmic.grokking.modular_recipes import fast_recipe, grokking_recipe
+
+        names = ("p", "fraction", "weight_decay", "steps")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return (fast_recipe if self.fast else grokking_recipe)(seed=seed, **given)
+
+    def check(self) -> None:
+        """Raise for options that no run can have."""
+        if self.seeds < 1:
+            raise ArgumentError("{seeds} is how many runs to train, at least 1; got {0}", self.seeds)
+        self.recipe(self.seed)
+
+
+@command
+def grok(
+    run: Annotated[
+        Path | None, typer.Option(help="Analyse the finished or stopped run in this folder instead.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option("--model", "-m", help="Analyse this checkpoint instead.")] = None,
+    runs: Annotated[Path | None, typer.Option(help=_RUNS)] = None,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Also train the two controls: three times as long.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; by default cpu.")] = None,
+    out: Annotated[Path, typer.Option(help="The report; its numbers go beside it as .json.")] = Path("grokking.html"),
+    as_json: AsJson = False,
+    *,
+    options: GrokOptions,
+) -> None:
+    """Train a transformer on addition modulo p until it groks, and find the Fourier circuit that it learnt.
+
+    Example: `hooklens grok --fast`, or `hooklens grok --seeds 5 --controls --device cuda`
+
+    The same command continues runs that were stopped. A run that did not grok is reported as such.
+    """
+    from hooklens.pretrained.loading import as_device
+    from hooklens.studies.grokking_page import grokking_report, seeds_table
+
+    checks = {"out": lambda: check_out(out), "device": lambda: as_device(device), "p": options.check}
+    known = judge({**checks, "run": lambda: _only_one(run, model)})
+    if run is not None or model is not None:
+        studies = [_analysed(run, model, options, known["device"])]
+    else:
+        studies = _trained(options, runs, controls=controls, device=known["device"])
+    path = grokking_report(studies).save(out, data=studies)
+    written = {"report": path.absolute(), "numbers": path.with_suffix(".json").absolute()}
+    sentences = {f"seed {study.seed}": " ".join(study.findings()) for study in studies}
+    table = seeds_table(studies)
+    show(table, as_json, caption=f"Addition modulo {studies[0].modulus}", more=sentences | written)
+
+
+def _only_one(run: Path | None, model: Path | None) -> None:
+    if run is not None and model is not None:
+        raise InputError("--run has checkpoints of its own, so --model cannot be given too; give one of them")
+
+
+def _analysed(run: Path | None, model: Path | None, options: GrokOptions, device: Any) -> "GrokkingStudy":
+    """The study of a run that is there, or of one model."""
+    from hooklens.data.modular import modular_arithmetic
+    from hooklens.plugins.algorithmic.fourier.progress_measures import task_of
+    from hooklens.pretrained.loading import load
+    from hooklens.studies.grokking_study import study_grokked_model, study_grokking
+    from hooklens.training.training_run import open_run
+
+    if run is None:
+        asked = options.recipe(options.seed).data
+        data = modular_arithmetic(asked["p"], fraction=asked["fraction"], seed=asked["seed"])
+        return study_grokked_model(load(str(model), device=device), data)
+    opened = open_run(run)
+    trained_on = task_of(opened).p
+    if options.p not in (None, trained_on):
+        raise InputError(f"--run {str(run)!r} was trained on p = {trained_on}, and --p {options.p} is asked for")
+    return study_grokking(opened)
+
+
+def _trained(options: GrokOptions, runs: Path | None, *, controls: bool, device: Any) -> "list[GrokkingStudy]":
+    """Train every seed, or go on with it, and study it."""
+    from hooklens.cli import estimates
+    from hooklens.studies.grokking_runs import folder_name, grok
+
+    recipes = [options.recipe(seed) for seed in range(options.seed, options.seed + options.seeds)]
+    folders = [(runs or Path("grokking_runs")) / folder_name(recipe) for recipe in recipes]
+    new = sum(not (folder / "run" / "run.json").is_file() for folder in folders)
+    if new:
+        n_steps = recipes[0].training["steps"] * new * (3 if controls else 1)
+        say(*estimates.announced(estimates.of_training(recipes[0], device) * n_steps))
+    studies = []
+    try:
+        for recipe, folder in zip(recipes, folders, strict=True):
+            studies.append(grok(recipe, folder, controls=controls, device=device))
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from there")
+        raise
+    return studies

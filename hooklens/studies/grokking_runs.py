@@ -1,0 +1,105 @@
+"""Runs that should grok, and their controls: trained, or resumed, in one folder."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hooklens.core.arguments import path_of
+from hooklens.core.errors import InputError
+from hooklens.core.files import make_folder
+from hooklens.plugins.algorithmic.grokking.grokking_step import find_grokking
+from hooklens.plugins.algorithmic.grokking.modular_recipes import control_recipes
+from hooklens.studies.grokking_study import GrokkingStudy, study_grokking
+from hooklens.training.loop import train
+from hooklens.training.run_folder import RECIPE, RunFolder
+from hooklens.training.run_recipe import Recipe, read_recipe
+from hooklens.training.training_run import Run
+
+_OWN = ("steps", "solved", "solved_for")  # of a control, whose steps are those that its run took
+
+
+def train_recipe(recipe: Recipe, out: str | os.PathLike, *, device: Any = None, show: bool | None = None) -> Run:
+    """Train what a recipe says, or go on with the run in the folder `out`, which must be of the same recipe.
+
+    >>> import tempfile
+    >>> from hooklens.plugins.algorithmic.grokking.modular_recipes import grokking_recipe
+    >>> recipe = grokking_recipe(p=5, fraction=0.6, steps=2)
+    >>> train_recipe(recipe, tempfile.mkdtemp() + "/run").steps_done
+    2
+    """
+    folder = RunFolder(path_of(out, "out"))
+    is_kept = (folder.path / RECIPE).is_file()
+    if is_kept:
+        check_recipe(folder.path, recipe)
+    data = recipe.load_data()
+    model = recipe.load_model(data, device=device)
+    if not folder.exists:
+        folder.check_free()
+    if is_kept or not folder.exists:
+        recipe.save(make_folder(folder.path) / RECIPE)
+    return train(model, data, steps=recipe.training["steps"], out=folder.path, settings=recipe.settings(), show=show)
+
+
+def check_recipe(folder: Path, recipe: Recipe) -> None:
+    """Raise if the run in a folder was trained on another p, or with other settings; more steps are the same run."""
+    kept = read_recipe(folder / RECIPE)
+    if kept.data.get("p") != recipe.data.get("p"):
+        raise InputError(
+            f"the run in {str(folder)!r} was trained on p = {kept.data.get('p')}, and p = {recipe.data.get('p')} is "
+            "asked for; give that p, or another folder"
+        )
+    more = {"steps": max(recipe.training["steps"], kept.training["steps"])}
+    if differences := kept.changed(training=more).differences(recipe):
+        raise InputError(
+            f"the run in {str(folder)!r} has other settings: {'; '.join(differences[:3])}; give these, or "
+            "another folder"
+        )
+
+
+def control_of(recipe: Recipe, steps: int) -> Iterator[tuple[str, Recipe]]:
+    """The controls of a run, by name: as many steps as it took, and no early end.
+
+    >>> from hooklens.plugins.algorithmic.grokking.modular_recipes import grokking_recipe
+    >>> [(name, control.training["steps"]) for name, control in control_of(grokking_recipe(), 7000)]
+    [('weight decay 0', 7000), ('shuffled answers', 7000)]
+    """
+    for name, control in control_recipes(recipe).items():
+        training = {key: value for key, value in control.training.items() if key not in _OWN}
+        yield name, Recipe(control.data, control.model, training | {"steps": steps})
+
+
+def grok(
+    recipe: Recipe, out: str | os.PathLike, *, controls: bool = True, device: Any = None, show: bool | None = None
+) -> GrokkingStudy:
+    """Train a run and its controls in folders below `out`, or go on with them, and study them.
+
+    >>> import tempfile
+    >>> from hooklens.plugins.algorithmic.grokking.modular_recipes import grokking_recipe
+    >>> study = grok(grokking_recipe(p=5, fraction=0.6, steps=2), tempfile.mkdtemp(), controls=False)
+    >>> study.grokking.verdict
+    'did not grok: never memorised'
+
+    Controls are trained only for a run that grokked, because without that there is no drop to compare. They take as
+    many steps as it did.
+    """
+    folder = path_of(out, "out")
+    run = train_recipe(recipe, folder / "run", device=device, show=show)
+    trained = {}
+    if controls and find_grokking(run).grokked:
+        for name, control in control_of(recipe, run.steps_done):
+            trained[name] = train_recipe(control, folder / name.replace(" ", "_"), device=device, show=show)
+    return study_grokking(run, controls=trained)
+
+
+def folder_name(recipe: Recipe) -> str:
+    """A name for the folder of a run, from what tells it from others.
+
+    >>> from hooklens.plugins.algorithmic.grokking.modular_recipes import grokking_recipe
+    >>> folder_name(grokking_recipe(seed=3))
+    'p113_fraction0.3_decay1_seed3'
+    """
+    data, rule = recipe.data, recipe.training["optimizer"]
+    decay = rule.get("inner", rule).get("weight_decay", 0.0)
+    own = "" if rule["part"] == "adamw" else f"_{rule['part']}"
+    return f"p{data['p']}_fraction{data['fraction']:g}_decay{decay:g}{own}_seed{data['seed']}"

@@ -1,0 +1,344 @@
+"""One run of modular addition, analysed: when it grokked, its Fourier circuit, its norm, and where it generalised."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hooklens.core.errors import InputError
+from hooklens.data.modular import Modular, modular_arithmetic
+from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.algorithmic.fourier.circles import Circles, project_embedding
+from hooklens.plugins.algorithmic.fourier.demo_task import demo_modulus
+from hooklens.plugins.algorithmic.fourier.frequency_ablation import (
+    FrequencyAblation,
+    ablate_logit_frequencies,
+    ablate_neuron_frequencies,
+)
+from hooklens.plugins.algorithmic.fourier.frequency_sets import SmallestSet, find_smallest_set
+from hooklens.plugins.algorithmic.fourier.key_frequencies import KeyFrequencies, find_key_frequencies
+from hooklens.plugins.algorithmic.fourier.logit_formula import LogitFormula, fit_logit_formula
+from hooklens.plugins.algorithmic.fourier.neuron_frequencies import NeuronFrequencies, classify_neurons
+from hooklens.plugins.algorithmic.fourier.neuron_patching import NeuronPatching, patch_neurons, random_pairs
+from hooklens.plugins.algorithmic.fourier.pair_table import run_pairs
+from hooklens.plugins.algorithmic.fourier.plane_spectrum import PlaneSpectrum, measure_plane_spectrum
+from hooklens.plugins.algorithmic.fourier.progress_measures import (
+    Progress,
+    excluded_loss,
+    measure_progress,
+    restricted_loss,
+    task_of,
+)
+from hooklens.plugins.algorithmic.fourier.sum_directions import SumDirections, read_sum_directions
+from hooklens.plugins.algorithmic.fourier.weight_spectra import FourierSpectrum, measure_fourier_spectrum
+from hooklens.plugins.algorithmic.grokking.grokking_step import GrokkingStep, find_grokking
+from hooklens.plugins.algorithmic.grokking.modular_recipes import check_table_size
+from hooklens.plugins.algorithmic.grokking.norm_drop import (
+    GROKKING,
+    NormDrops,
+    compare_norm_drops,
+    squared_weights,
+)
+from hooklens.plugins.algorithmic.grokking.phases import Phases, find_phases
+from hooklens.plugins.algorithmic.grokking.table_regions import TableRegions, measure_regions
+from hooklens.plugins.weights.needs import Needs
+from hooklens.results.result import Result, Table
+from hooklens.training.training_run import Run
+
+_TERMS = {
+    "what": "what was measured",
+    "value": "here",
+    "published": "the number of Nanda et al. (2023) for their run, where there is one",
+}
+_PATCHED = 8  # pairs of which every neuron is patched
+#: Of the paper's run: p = 113, 30 % of the pairs, weight decay 1, one seed, 40,000 steps.
+PUBLISHED: Mapping[str, str] = {
+    "memorisation ends": "about 1,400",
+    "generalised at step": "6,000 to 10,000",
+    "key frequencies": "14, 35, 41, 42, 52",
+    "number of key frequencies": "5",
+    "neurons explained above 85 %": "433 of 512",
+    "variance of the logits explained": "0.95",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class CircuitReadings(Result):
+    """What the Fourier analysis finds in one model, over all pairs of its table.
+
+    `loss` is that on all pairs, `chance` ln p. `restricted` and `excluded` are losses at the key frequencies, None if
+    there is no key frequency. All are in nats. The parts that read key frequencies are None without one, too.
+    """
+
+    keys: KeyFrequencies
+    neurons: NeuronFrequencies
+    spectrum: FourierSpectrum
+    formula: LogitFormula
+    loss: float
+    chance: float
+    restricted: float | None
+    excluded: float | None
+    smallest: SmallestSet | None = None
+    circles: Circles | None = None
+    directions: SumDirections | None = None
+    logit_ablation: FrequencyAblation | None = None
+    neuron_ablation: FrequencyAblation | None = None
+    plane: PlaneSpectrum | None = None
+    patching: NeuronPatching | None = None
+
+    @property
+    def frequencies(self) -> list[int]:
+        """The key frequencies by the neuron rule."""
+        return self.keys.keys
+
+
+@dataclass(frozen=True, eq=False)
+class GrokkingStudy(Result):
+    """One model that was trained on addition modulo p, and the run that trained it, where there is one.
+
+    Without a run there is no grokking step, no progress over checkpoints, no phases and no norm. `halfway` has the
+    regions at the checkpoint whose held-out accuracy is closest to one half: where the table is learnt first.
+    """
+
+    terms = _TERMS
+
+    modulus: int
+    seed: int
+    fraction: float
+    weight_decay: float
+    n_steps: int
+    circuit: CircuitReadings
+    regions: TableRegions
+    grokking: GrokkingStep | None = None
+    progress: Progress | None = None
+    phases: Phases | None = None
+    norms: NormDrops | None = None
+    halfway: TableRegions | None = None
+    halfway_step: int = 0
+
+    @property
+    def is_published_setting(self) -> bool:
+        """Whether p, fraction and weight decay are those of the paper's run."""
+        return (self.modulus, self.fraction, self.weight_decay) == (113, 0.3, 1.0)
+
+    def values(self) -> dict[str, Any]:
+        """What the study found, by name: a row of a table over seeds."""
+        step, circuit, known = self.grokking, self.circuit, {}
+        if step is not None:
+            known = {
+                "verdict": step.verdict,
+                "memorised at step": step.memorised_at,
+                "memorisation ends": None if self.phases is None else self.phases.memorised,
+                "cleanup begins": None if self.phases is None else self.phases.formed,
+                "rise begins": step.rise_at,
+                "generalised at step": step.generalised_at,
+                "steps": self.n_steps,
+            }
+        n_neurons = len(circuit.neurons.explained)
+        drop = self.norms.drop[0].item() if self.norms is not None else None
+        return known | {
+            "held-out accuracy": float(self.regions.accuracy[0]),
+            "key frequencies": ", ".join(map(str, circuit.frequencies)) or "none",
+            "number of key frequencies": len(circuit.frequencies),
+            "neurons explained above 85 %": f"{circuit.neurons.n_explained} of {n_neurons}",
+            "variance of the logits explained": circuit.formula.explained_centred,
+            "loss, all pairs (nats)": circuit.loss,
+            "restricted loss (nats)": circuit.restricted,
+            "excluded loss (nats)": circuit.excluded,
+            "ln p (nats)": circuit.chance,
+            "smallest set within 1 %": None if circuit.smallest is None else circuit.smallest.size,
+            "Gini of W_E": circuit.spectrum.gini_embedding,
+            "Gini of W_L": circuit.spectrum.gini_neuron_logit,
+            "drop of the squared norm at grokking": drop,
+            "largest drop of a control": None if self.norms is None else largest_control(self.norms),
+            "weakest region": self.regions.weakest,
+        }
+
+    def table(self, n: int | None = None) -> Table:
+        """Everything that was measured, beside the published numbers where the setting is the paper's."""
+        published = PUBLISHED if self.is_published_setting else {}
+        rows = [(name, _cell(value), published.get(name)) for name, value in self.values().items()]
+        columns = ("what", "value", "published") if published else ("what", "value")
+        return Table(columns, [row[: len(columns)] for row in rows]).head(n)
+
+    def figure(self) -> Any:
+        """The grokking gap, or the table of pairs where there is no run."""
+        return self.regions.figure() if self.grokking is None else self.grokking.figure()
+
+    def findings(self) -> list[str]:
+        """What the numbers say, as sentences."""
+        said = [] if self.grokking is None else [self.grokking.statement]
+        said.append(_circuit_sentence(self.circuit))
+        said += _causal_sentences(self.circuit)
+        if self.norms is not None:
+            said.append(self.norms.statement)
+        said.append(f"Generalisation: {self.regions.statement}")
+        return said
+
+
+def study_grokking(run: Run, *, controls: Mapping[str, Run] | None = None) -> GrokkingStudy:
+    """What happened in a run on addition modulo p, and what did its model learn?
+
+    `controls` are runs of the same setting that should not grok, by the names of `control_recipes`: with them, the
+    drop of the weight norm can be evidence. A run that did not grok is studied all the same, and the result says so.
+
+    Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability".
+    """
+    data = task_of(run)
+    check_table_size(data.p, data.fraction)
+    kept = run.checkpoints()
+    if not kept:
+        raise InputError(f"the run in {str(run.path)!r} has no checkpoint yet; wait for its first steps")
+    grokking, model = find_grokking(run), kept[-1].load()
+    circuit = read_circuit(model, data)
+    progress = measure_progress(run, frequencies=circuit.frequencies) if circuit.frequencies else None
+    phases = None
+    if progress is not None and grokking.generalised_at is not None:
+        phases = find_phases(
+            progress.steps, progress.excluded, progress.held_out_loss, generalised_at=grokking.generalised_at
+        )
+    halfway_step, halfway = _halfway(run, data, progress)
+    return GrokkingStudy(
+        modulus=data.p,
+        seed=data.seed,
+        fraction=data.fraction,
+        weight_decay=_weight_decay(run.identity["settings"]["optimizer"]),
+        n_steps=run.steps_done,
+        circuit=circuit,
+        regions=measure_regions(model, data),
+        grokking=grokking,
+        progress=progress,
+        phases=phases,
+        norms=_norms(run, grokking, data.seed, controls or {}),
+        halfway=halfway,
+        halfway_step=halfway_step,
+    )
+
+
+def study_grokked_model(model: HookedTransformer, data: Modular) -> GrokkingStudy:
+    """What did a model learn of addition modulo p? The same without a run: no steps, no norm.
+
+    >>> from hooklens.testing import tiny_model
+    >>> study = study_grokked_model(tiny_model(d_vocab=8), modular_arithmetic(p=7, fraction=0.5))
+    >>> study.circuit.frequencies, study.grokking is None
+    ([], True)
+    """
+    check_table_size(data.p, data.fraction)
+    return GrokkingStudy(
+        modulus=data.p,
+        seed=data.seed,
+        fraction=data.fraction,
+        weight_decay=float("nan"),
+        n_steps=0,
+        circuit=read_circuit(model, data),
+        regions=measure_regions(model, data),
+    )
+
+
+def read_circuit(model: HookedTransformer, data: Modular) -> CircuitReadings:
+    """The Fourier analysis of one model."""
+    pairs = run_pairs(model, data)
+    neurons = classify_neurons(pairs)
+    keys = find_key_frequencies(model, data)
+    used, trained = keys.keys, pairs.trained
+    readings = CircuitReadings(
+        keys=keys,
+        neurons=neurons,
+        spectrum=measure_fourier_spectrum(model, data),
+        formula=fit_logit_formula(pairs, frequencies=used or None),
+        loss=pairs.loss,
+        chance=pairs.chance,
+        restricted=restricted_loss(pairs.logits, used) if used else None,
+        excluded=excluded_loss(pairs.logits, used, trained) if used and trained is not None else None,
+    )
+    if not used:
+        return readings
+    return replace(
+        readings,
+        smallest=find_smallest_set(pairs) if pairs.loss < pairs.chance else None,
+        circles=project_embedding(model, data, frequencies=used),
+        directions=read_sum_directions(model, data, frequencies=used, table=pairs),
+        logit_ablation=ablate_logit_frequencies(pairs),
+        neuron_ablation=ablate_neuron_frequencies(model, data),
+        plane=measure_plane_spectrum(pairs, site="logits"),
+        patching=patch_neurons(model, data, *random_pairs(data.p, _PATCHED), neurons=neurons),
+    )
+
+
+def largest_control(norms: NormDrops) -> float | None:
+    """The largest drop of a control; None without one."""
+    drops = [drop for kind, drop in zip(norms.kinds, norms.drop.tolist(), strict=True) if kind != GROKKING]
+    return max(drops) if drops else None
+
+
+def _norms(run: Run, grokking: GrokkingStep, seed: int, controls: Mapping[str, Run]) -> NormDrops | None:
+    """The drop over the rise of the held-out accuracy, in the run and in its controls; None if it did not grok."""
+    if not grokking.grokked or grokking.rise_at is None or grokking.generalised_at is None:
+        return None
+    runs = {GROKKING: run, **controls}
+    curves = [(kind, seed, *squared_weights(other)) for kind, other in runs.items()]
+    return compare_norm_drops(curves, start=grokking.rise_at, stop=grokking.generalised_at)
+
+
+def _halfway(run: Run, data: Modular, progress: Progress | None) -> tuple[int, TableRegions | None]:
+    """The regions at the checkpoint with a held-out accuracy closest to one half, if that is between 0.1 and 0.9."""
+    if progress is None:
+        return 0, None
+    at = int((progress.held_out_accuracy - 0.5).abs().argmin())
+    if not 0.1 <= float(progress.held_out_accuracy[at]) <= 0.9:
+        return 0, None
+    step = int(progress.steps[at])
+    checkpoint = next(kept for kept in run.checkpoints() if kept.step == step)
+    return step, measure_regions(checkpoint.load(), data)
+
+
+def _weight_decay(optimizer: Mapping[str, Any]) -> float:
+    inner = optimizer.get("inner")
+    return float(optimizer.get("weight_decay", 0.0)) if inner is None else _weight_decay(inner)
+
+
+def _circuit_sentence(circuit: CircuitReadings) -> str:
+    used = ", ".join(map(str, circuit.frequencies))
+    n, total = circuit.neurons.n_explained, len(circuit.neurons.explained)
+    if not used or circuit.restricted is None or circuit.excluded is None:
+        return "No frequency explains 85 % of the variance of any neuron: this model has no Fourier circuit."
+    return (
+        f"Key frequencies by the neuron rule: {used}; {n} of {total} neurons ({n / total:.0%}) are explained above "
+        f"85 % by one frequency. sum_k alpha_k cos w_k (a + b - c) explains {circuit.formula.explained_centred:.1%} of "
+        f"the variance of the centred logits. Restricted loss {circuit.restricted:.3g} nats and excluded loss "
+        f"{circuit.excluded:.3g}, against a loss of {circuit.loss:.3g} on all pairs and ln p = {circuit.chance:.3g}."
+    )
+
+
+def _causal_sentences(circuit: CircuitReadings) -> list[str]:
+    """What interventions on frequencies and neurons do."""
+    said = []
+    if circuit.neuron_ablation is not None:
+        ablation = circuit.neuron_ablation
+        losses = dict(zip(ablation.frequencies.tolist(), ablation.losses.tolist(), strict=True))
+        keys = [losses[k] for k in circuit.frequencies]
+        others = [loss for k, loss in losses.items() if k not in circuit.frequencies]
+        rest = f", one of the other {len(others)} to at most {max(others):.3g}" if others else ""
+        said.append(
+            f"Removing one key frequency from the neurons takes the loss on all pairs from {circuit.loss:.3g} to "
+            f"{min(keys):.3g} or more{rest}."
+        )
+    if circuit.patching is not None:
+        patching = circuit.patching
+        said.append(
+            f"Neurons patched one at a time restore {patching.total / patching.gap:.0%} of the difference between two "
+            "pairs; the rest goes past the MLP, or is not additive."
+        )
+    return said
+
+
+def _cell(value: Any) -> Any:
+    """Numbers as they are; what is missing as a word, because the column holds words too."""
+    return "none" if value is None else value
+
+
+def demo(model: HookedTransformer) -> GrokkingStudy | Needs:
+    """The model on the table of its tokens, 7 at most; without a run."""
+    p = demo_modulus(model, mlp=True)
+    if isinstance(p, Needs) or p not in (5, 7, 11, 13) or model.cfg.d_vocab != p + 1 or model.cfg.n_ctx < 3:
+        return p if isinstance(p, Needs) else Needs("6, 8, 12 or 14 tokens, one more than a prime")
+    return study_grokked_model(model, modular_arithmetic(p, fraction=0.5))

@@ -1,0 +1,72 @@
+"""`hooklens grok`: a small run, resumed; runs and models that are there; settings that are refused."""
+
+import json
+
+import pytest
+from test_cli import invoke
+
+from hooklens import cli
+
+SMALL = ["--p", 5, "--fraction", 0.6, "--steps", 3]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grok")
+    done = invoke("grok", *SMALL, "--runs", folder / "runs", "--out", folder / "page.html", "--json")
+    assert done.exit_code == 0, done.output
+    return folder, json.loads(done.stdout)
+
+
+def test_a_run_writes_a_page_and_says_that_it_did_not_grok(made):
+    folder, told = made
+    assert "did not grok" in told["seed 0"] and told["rows"][0] == {
+        "what": "verdict",
+        "seed 0": "did not grok: never memorised",
+    }
+    assert "did not grok" in (folder / "page.html").read_text()
+    held = json.loads((folder / "page.json").read_text())["data"]
+    assert [study["class"] for study in held] == ["GrokkingStudy"]
+
+
+def test_the_same_command_goes_on_and_the_run_and_its_model_are_analysed(made, tmp_path):
+    folder, told = made
+    again = invoke("grok", *SMALL, "--runs", folder / "runs", "--out", tmp_path / "a.html", "--json")
+    assert again.exit_code == 0 and json.loads(again.stdout)["rows"] == told["rows"]
+    run = folder / "runs" / "p5_fraction0.6_decay1_seed0" / "run"
+    analysed = invoke("grok", "--run", run, "--out", tmp_path / "b.html", "--json")
+    assert analysed.exit_code == 0 and json.loads(analysed.stdout)["rows"] == told["rows"]
+    model = sorted((run / "checkpoints").iterdir())[-1]
+    alone = invoke("grok", "--model", model, *SMALL, "--out", tmp_path / "c.html")
+    assert alone.exit_code == 0 and "held-out accuracy" in alone.stdout and "verdict" not in alone.stdout
+    other = invoke("grok", "--run", run, "--p", 7, "--out", tmp_path / "d.html")
+    assert other.exit_code == cli.BAD_INPUT and "was trained on p = 5, and --p 7 is asked for" in other.stderr
+    wrong = invoke("grok", "--model", model, "--p", 7, "--out", tmp_path / "d.html")
+    assert wrong.exit_code == cli.BAD_INPUT and "trained on" in wrong.stderr
+    both = invoke("grok", "--model", model, "--run", run, "--out", tmp_path / "d.html")
+    assert both.exit_code == cli.BAD_INPUT and "give one of them" in both.stderr
+    assert not (tmp_path / "d.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--p", 12], "--p is a prime of at least 5 here, got 12; the closest are 11 and 13"),
+        (["--p", 5, "--fraction", 1], "--fraction 1.0 leaves no pair of 25 to test on"),
+        (["--seeds", 0], "--seeds is how many runs"),
+        (["--weight-decay", -1], "--weight-decay is a finite number of at least 0"),
+        (["--steps", 0], "steps is a whole number of at least 1"),
+        (["--run", "nowhere"], "'nowhere' holds no run"),
+        (["--device", "toaster"], "toaster"),
+    ],
+)
+def test_settings_are_refused_before_anything_is_written(options, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = invoke("grok", *options)
+    assert done.exit_code == cli.BAD_INPUT and says in done.stderr.replace("\n", " "), done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_has_an_example():
+    done = invoke("grok", "--help")
+    assert done.exit_code == 0 and "hooklens grok --fast" in done.output

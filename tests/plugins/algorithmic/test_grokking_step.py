@@ -1,0 +1,153 @@
+"""The grokking step of planted curves, the phases, and the drop of the norm against controls."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from refused import refused
+
+import hooklens as hl
+from hooklens.core.errors import HooklensError
+from hooklens.plugins.algorithmic.grokking import (
+    compare_norm_drops,
+    detect_grokking,
+    find_grokking,
+    find_phases,
+    squared_weights,
+)
+from hooklens.plugins.algorithmic.grokking.grokking_step import demo
+from hooklens.plugins.algorithmic.grokking.norm_drop import GROKKING, NO_DECAY, SHUFFLED
+from hooklens.testing import tiny_model
+from hooklens.training import Settings
+
+STEPS = torch.arange(0, 1001, 10)
+NEVER = 10**9
+
+
+def curve(step):
+    """0.1 before a step, 1 from it on."""
+    return torch.where(step > STEPS, 0.1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("memorised", "generalised", "verdict"),
+    [
+        (100, 800, "grokked"),
+        (100, 200, "grokked"),  # twice as late is enough
+        (100, 190, "did not grok: generalised without a delay"),
+        (100, NEVER, "did not grok: memorised, never generalised"),
+        (NEVER, NEVER, "did not grok: never memorised"),
+        (NEVER, 500, "did not grok: generalised without a memorised training set"),
+    ],
+)
+def test_the_verdict_of_planted_curves(memorised, generalised, verdict):
+    step = detect_grokking(STEPS, curve(memorised), STEPS, curve(generalised))
+    assert step.verdict == verdict and step.grokked == (verdict == "grokked")
+    assert step.memorised_at == (None if memorised == NEVER else memorised)
+    assert step.generalised_at == (None if generalised == NEVER else generalised)
+    known = NEVER not in (memorised, generalised)
+    assert step.gap == (generalised - memorised if known else None)
+    assert verdict in step.statement and dict(step.table().rows)["verdict"] == verdict
+    assert step.rise_at == (None if generalised == NEVER else generalised - 10)
+
+
+def test_memorisation_is_known_to_the_step_and_generalisation_to_the_evaluation():
+    every = torch.arange(1000)
+    train = (every >= 123).float()
+    step = detect_grokking(every, train, torch.tensor([0, 500, 1000]), torch.tensor([0.0, 0.5, 1.0]))
+    assert (step.memorised_at, step.generalised_at) == (123, 1000)
+    assert step.train_accuracy.tolist() == [0.0, 1.0, 1.0]  # that after the last step is of the last one
+
+
+def test_the_bound_decides():
+    held_out = torch.linspace(0, 1, len(STEPS))
+    early, late = (detect_grokking(STEPS, curve(10), STEPS, held_out, bound=bound) for bound in (0.5, 1.0))
+    assert (early.generalised_at, late.generalised_at) == (500, 1000)
+
+
+def test_a_run_is_read_from_its_record():
+    data = hl.data.modular_arithmetic(p=5, fraction=0.6)
+    settings = Settings(batch=25, evaluate=4, optimizer=hl.training.AdamW(lr=0.03))
+    run = hl.train(tiny_model(d_vocab=6), data, steps=40, settings=settings, show=False)
+    step = find_grokking(run, bound=0.5)
+    accuracy = run.steps()["accuracy"]
+    assert accuracy[0] < 0.5 <= accuracy.max()
+    assert step.steps.tolist() == [0, 10, 20, 30, 40] and step.memorised_at == int(np.argmax(accuracy >= 0.5))
+    np.testing.assert_array_equal(step.held_out_accuracy.numpy(), run.evaluations()["accuracy"])
+    steps, squares = squared_weights(run)
+    final = sum(float(p.detach().double().square().sum()) for p in run.checkpoints()[-1].load().parameters())
+    assert steps[-1] == 39 and abs(float(squares[-1]) - final) < 0.1 * final  # a step later
+    start = sum(float(p.detach().double().square().sum()) for p in run.checkpoints()[0].load().parameters())
+    assert math.isclose(float(squares[0]), start, rel_tol=1e-5)
+
+
+def test_a_run_without_held_out_pairs_cannot_grok():
+    run = hl.train(tiny_model(d_vocab=6), hl.data.modular_arithmetic(p=5, fraction=1.0), steps=1, show=False)
+    with refused(HooklensError, "no grokking without held-out pairs"):
+        find_grokking(run)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"bound": 0.0}, "bound"), ({"bound": 1.5}, "bound is an accuracy above 0"), ({"delay": 0.5}, "delay")],
+)
+def test_thresholds_that_make_no_sense_are_refused(options, says):
+    with refused(HooklensError, says):
+        detect_grokking(STEPS, curve(1), STEPS, curve(2), **options)
+    with refused(HooklensError, "one of them has no step"):
+        detect_grokking(STEPS[:0], curve(1)[:0], STEPS, curve(2))
+
+
+def test_the_gap_is_drawn():
+    figure = demo(tiny_model()).figure()
+    assert {trace.name for trace in figure.data} == {"training", "held out"} and len(figure.layout.shapes) >= 2
+
+
+def test_phases_end_where_the_losses_turn():
+    steps = torch.tensor([0, 50, 100, 400, 700, 900, 1000])
+    excluded = torch.tensor([4.7, 1.0, 0.2, 1.0, 3.0, 4.7, 0.0])  # the last one is after generalisation
+    held_out = torch.tensor([4.7, 12.0, 19.0, 20.0, 18.5, 3.0, 0.1])
+    phases = find_phases(steps, excluded, held_out, generalised_at=900)
+    assert (phases.memorised, phases.formed, phases.cleaned) == (100, 700, 900)
+    assert [row[2] for row in phases.table().rows] == [100, 700, 900]
+    with refused(HooklensError, "no checkpoint lies before"):
+        find_phases(steps[1:], excluded[1:], held_out[1:], generalised_at=10)
+
+
+def drops(grokking, no_decay, shuffled):
+    """Runs whose sum of squares falls from 100 by these shares between steps 100 and 200."""
+    steps = torch.tensor([0, 100, 200, 300])
+    kinds = {GROKKING: grokking, NO_DECAY: no_decay, SHUFFLED: shuffled}
+    curves = [
+        (kind, 0, steps, torch.tensor([150.0, 100.0, 100 * (1 - drop), 50.0]))
+        for kind, drop in kinds.items()
+        if drop is not None
+    ]
+    return compare_norm_drops(curves, start=100, stop=200)
+
+
+@pytest.mark.parametrize(
+    ("shares", "is_evidence", "says"),
+    [
+        ((0.4, -0.1, 0.2), True, "the drop goes with grokking"),
+        ((0.4, -0.1, 0.5), False, "the drop is no evidence, because runs that do not grok lose as much"),
+        ((-0.1, -0.2, -0.3), False, "the drop is no evidence"),  # no drop at all
+        ((0.4, None, 0.1), False, "no control with weight decay 0 was trained"),
+        ((0.4, None, None), False, "no control with weight decay 0 or shuffled answers was trained"),
+    ],
+)
+def test_a_drop_is_evidence_only_above_both_controls(shares, is_evidence, says):
+    result = drops(*shares)
+    assert result.is_evidence == is_evidence and says in result.statement
+    known = [share for share in shares if share is not None]
+    torch.testing.assert_close(result.drop, torch.tensor(known))
+    assert len(result.figure().data) == len(known)
+
+
+def test_norms_that_cannot_be_compared_are_refused():
+    steps, squares = torch.tensor([0, 100]), torch.ones(2)
+    with refused(HooklensError, "none of these runs grokked"):
+        compare_norm_drops([(NO_DECAY, 0, steps, squares)], start=0, stop=50)
+    with refused(HooklensError, "these runs were stopped before"):
+        compare_norm_drops([(GROKKING, 0, steps, squares)], start=0, stop=500)

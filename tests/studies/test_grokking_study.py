@@ -1,0 +1,215 @@
+"""Runs on small tables: trained, resumed, refused, studied, and put on a page; a run that did not grok is said so."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from refused import refused
+
+import hooklens as hl
+from hooklens.core.errors import HooklensError
+from hooklens.plugins.algorithmic.grokking import detect_grokking, fast_recipe, find_grokking, grokking_recipe
+from hooklens.plugins.algorithmic.grokking.norm_drop import GROKKING, NO_DECAY, SHUFFLED, compare_norm_drops
+from hooklens.results.result import Result
+from hooklens.studies.grokking_page import grokking_report, seeds_table, together
+from hooklens.studies.grokking_runs import control_of, folder_name, grok, train_recipe
+from hooklens.studies.grokking_study import GrokkingStudy, study_grokked_model, study_grokking
+from hooklens.studies.parsimony_study import MEASURES, Parsimony, compare_parsimony
+from hooklens.testing import tiny_model
+from hooklens.training.run_recipe import Recipe
+
+
+def small(steps=100, *, p=7, **changes):
+    """A narrow model on a small table: seconds, not minutes."""
+    recipe = grokking_recipe(p, fraction=0.6, steps=steps, solved_for=None)
+    optimizer = {"lr": 0.01} | changes
+    narrow = {"d_model": 16, "n_heads": 2, "d_mlp": 32}
+    return recipe.changed(model=narrow, training={"checkpoints": 5, "evaluate": 6, "optimizer": optimizer})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    grok(small(), out / "first", controls=True, show=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def study(folder):
+    return study_grokking(hl.open_run(folder / "first" / "run"))
+
+
+def test_a_run_that_did_not_grok_is_studied_and_said_to_be(study):
+    assert study.grokking.verdict.startswith("did not grok") and study.norms is None
+    assert study.grokking.verdict in study.findings()[0]
+    assert dict(zip(*zip(*study.table().rows, strict=True), strict=True))["verdict"] == study.grokking.verdict
+    assert (study.modulus, study.seed, study.n_steps, study.weight_decay) == (7, 0, 100, 1.0)
+    assert not study.is_published_setting and study.table().columns == ("what", "value")
+
+
+def test_controls_are_trained_only_where_there_is_a_drop_to_compare(folder):
+    assert [path.name for path in (folder / "first").iterdir()] == ["run"]
+    kinds = dict(control_of(small(), 40))
+    assert list(kinds) == [NO_DECAY, SHUFFLED] and {one.training["steps"] for one in kinds.values()} == {40}
+    solved = grokking_recipe(7, fraction=0.6)
+    assert "solved" in solved.training and all("solved" not in one.training for _, one in control_of(solved, 40))
+
+
+def test_controls_are_compared_over_the_rise_of_the_run(folder, monkeypatch):
+    run = hl.open_run(folder / "first" / "run")
+    controls = {}
+    for name, recipe in control_of(small(), run.steps_done):
+        controls[name] = train_recipe(recipe, folder / "controls" / name, show=False)
+    # Seven numbers are too few to grok: planted curves show the rest of the path.
+    steps = torch.arange(0, 101, 10)
+    train, held_out = ((steps >= step).float() for step in (10, 60))
+    grokking = detect_grokking(steps, train, steps, held_out)
+    monkeypatch.setattr("hooklens.studies.grokking_study.find_grokking", lambda run: grokking)
+    study = study_grokking(run, controls=controls)
+    assert study.norms.kinds == [GROKKING, NO_DECAY, SHUFFLED]
+    assert (study.norms.start, study.norms.stop) == (50, 60)
+    assert study.values()["largest drop of a control"] == max(study.norms.drop[1:].tolist())
+    assert study.norms.statement in study.findings()
+
+
+def test_the_same_call_goes_on_and_another_p_is_refused(folder):
+    run = train_recipe(small(), folder / "first" / "run", show=False)
+    assert run.steps_done == 100
+    with refused(HooklensError, "was trained on p = 7, and p = 5 is asked for"):
+        train_recipe(small(p=5), folder / "first" / "run")
+    with refused(HooklensError, "training.optimizer.weight_decay was 1.0 and is 0.5"):
+        train_recipe(small(weight_decay=0.5), folder / "first" / "run")
+    longer = train_recipe(small(110), folder / "first" / "run", show=False)
+    assert longer.steps_done == 110
+    with refused(HooklensError, "training.steps was 110 and is 100"):
+        train_recipe(small(100), folder / "first" / "run")
+
+
+def test_a_stopped_run_ends_as_one_that_was_not(folder, tmp_path):
+    recipe = small(20)
+    whole = train_recipe(recipe, tmp_path / "whole", show=False)
+    data = recipe.load_data()
+    stopped = [0]
+
+    def stop(step, loss):
+        stopped[0] = step
+        if step == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hl.train(
+            recipe.load_model(data), data, steps=20, settings=recipe.settings(), out=tmp_path / "part", after_step=stop
+        )
+    assert stopped == [7]
+    resumed = train_recipe(recipe, tmp_path / "part", show=False)
+    ends = [run.checkpoints()[-1].load().state_dict() for run in (whole, resumed)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_other_runs_are_refused(tmp_path):
+    data = hl.data.markov_source(4, window=6)
+    recipe = Recipe({"task": "markov_source", "d_vocab": 4, "window": 6}, {"d_model": 8, "n_heads": 2}, {"steps": 1})
+    run = hl.train(recipe.load_model(data), data, steps=1, show=False, out=tmp_path / "run")
+    with refused(HooklensError, "not trained on hl.data.modular_arithmetic"):
+        study_grokking(run)
+
+
+def test_composite_moduli_and_other_models_are_refused(study):
+    with refused(HooklensError, "p is a prime of at least 5"):
+        study_grokked_model(tiny_model(d_vocab=10), hl.data.modular_arithmetic(9))
+    with refused(HooklensError, "was trained on another p|it was trained on p"):
+        study_grokked_model(tiny_model(d_vocab=8), hl.data.modular_arithmetic(5))
+
+
+def test_the_page_holds_every_seed_and_its_numbers(study, tmp_path):
+    other = replace(study, seed=1)
+    report = grokking_report([study, other])
+    path = report.save(tmp_path / "page.html", data=[study, other])
+    page, told = path.read_text(), json.loads(path.with_suffix(".json").read_text())
+    assert "0 of 2 grokked" in page and "Seed 1" in page and "The run did not grok" in page
+    assert [one["seed"] for one in told["data"]] == [0, 1]
+    assert seeds_table([study, other]).columns == ("what", "seed 0", "seed 1")
+    assert together([study]) == [] and together([study, other])[0] == "0 of 2 seeds grokked."
+    with refused(HooklensError, "at least one"):
+        grokking_report([])
+
+
+def test_a_study_is_saved_and_read(study, tmp_path):
+    study.save(tmp_path / "study")
+    loaded = Result.load(tmp_path / "study")
+    assert isinstance(loaded, GrokkingStudy) and loaded.findings() == study.findings()
+
+
+def test_folders_are_named_after_the_setting():
+    assert folder_name(grokking_recipe(13, fraction=0.4, weight_decay=0.3, seed=2)) == "p13_fraction0.4_decay0.3_seed2"
+
+
+def planted(decays, values):
+    """A sweep in which every measure has these values."""
+    n = len(decays)
+    return Parsimony(
+        modulus=31,
+        weight_decay=torch.tensor(decays),
+        seeds=torch.arange(n),
+        verdicts=["grokked"] * (n - 1) + ["did not grok: memorised, never generalised"],
+        generalised_at=[100] * (n - 1) + [None],
+        measures=torch.tensor(values, dtype=torch.float64)[:, None].expand(n, len(MEASURES)),
+    )
+
+
+def test_correlations_with_weight_decay_are_those_of_ranks():
+    decays = [0.3, 0.3, 1.0, 1.0, 3.0, 3.0, 10.0, 10.0, 10.0]
+    falling = planted(decays, [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, float("nan")])
+    rho, p = falling.correlation("key frequencies")
+    # Spearman with ties, by hand: ranks 0.5 0.5 2.5 2.5 4.5 4.5 6.5 6.5 against 7 ... 0
+    assert abs(rho + 40 / (42 * 40) ** 0.5) < 1e-12 and p < 0.01
+    assert any("8 of 9 runs" in line for line in falling.statements)
+    assert any("weight decay 10, seed 8" in line for line in falling.statements)
+    flat = planted(decays, [5.0] * 8 + [float("nan")])
+    assert all(value != value for value in flat.correlation("smallest set"))
+    assert len(falling.figure().data) == len(MEASURES)
+
+
+def test_p_values_of_the_correlation_are_uniform_where_there_is_none():
+    generator = torch.Generator().manual_seed(0)
+    decays = [0.3, 0.3, 1.0, 1.0, 3.0, 3.0]
+    p = [planted(decays, torch.rand(6, generator=generator).tolist()).correlation("smallest set")[1] for _ in range(60)]
+    assert sum(value <= 0.1 for value in p) <= 13  # 6 expected; more than 13 has a chance of 0.2 %
+
+
+def test_runs_of_several_tables_are_not_one_sweep(folder):
+    first = hl.open_run(folder / "first" / "run")
+    other = train_recipe(small(2, p=5), folder / "five", show=False)
+    with refused(HooklensError, r"trained on several p: \[5, 7\]"):
+        compare_parsimony([first, other])
+    assert compare_parsimony([first]).verdicts == [study_grokking(first).grokking.verdict]
+
+
+def test_curves_that_end_before_the_window_are_refused():
+    steps = torch.tensor([0, 10])
+    with refused(HooklensError, "were stopped before"):
+        compare_norm_drops([(GROKKING, 0, steps, torch.ones(2))], start=0, stop=20)
+
+
+@pytest.mark.slow
+def test_a_run_groks_and_everything_of_the_paper_is_found_in_it(tmp_path):
+    recipe = fast_recipe(31, fraction=0.4, weight_decay=4.0, steps=1500, solved_for=100)
+    study = grok(recipe.changed(training={"checkpoints": 20, "evaluate": 75}), tmp_path, show=False)
+    step, circuit = study.grokking, study.circuit
+    assert step.grokked and study.n_steps == step.generalised_at + 100 < 1500
+    # the held-out pairs are answered by waves of few frequencies, which are all that the logits need
+    assert 1 <= len(circuit.frequencies) <= 5 and circuit.neurons.share_explained > 0.5
+    assert circuit.restricted < circuit.loss < 0.1 and circuit.excluded > circuit.chance
+    assert circuit.smallest.size <= len(circuit.frequencies) and circuit.formula.explained_centred > 0.8
+    kept, others = circuit.neuron_ablation, set(range(1, 16)) - set(circuit.frequencies)
+    losses = dict(zip(kept.frequencies.tolist(), kept.losses.tolist(), strict=True))
+    assert min(losses[k] for k in circuit.frequencies) > 10 * max(losses[k] for k in others)
+    # the norm drops where it rises, and not in runs that do not grok
+    assert study.norms.is_evidence and set(study.norms.kinds) == {GROKKING, NO_DECAY, SHUFFLED}
+    shuffled = find_grokking(hl.open_run(tmp_path / "shuffled_answers"))
+    assert shuffled.verdict == "did not grok: memorised, never generalised"
+    # half-way, pairs whose partner was trained on are known, and others are not
+    partner = {name: float(value) for name, value in zip(study.halfway.regions, study.halfway.accuracy, strict=True)}
+    assert partner["partner (b, a) trained"] > partner["partner (b, a) not trained"] + 0.3
+    assert study.phases.memorised <= study.phases.formed <= study.phases.cleaned == step.generalised_at
