@@ -82,7 +82,7 @@ def kernel_weights(
     >>> torch.allclose(kernel_weights(query, keys, 2.0), torch.softmax(query @ keys.T / 2.0, -1))
     True
 
-    References: Nadaraya (1964); Watson (1964); Tsai et al. (2019), "Transformer Dissection", section 3.
+    References: Nadaraya (1964); Watson (1964); Tsai et al. (2019), "Transformer Dissection".
     """
     if real("variance", variance) <= 0:
         raise InputError(f"a kernel has a variance above 0, got {variance}")

@@ -93,8 +93,8 @@ def measure_shifts(
     >>> torch.allclose(errors.model_errors, errors.learner_errors[0], atol=1e-5)
     True
 
-    Reference: von Oswald et al. (2023), section 3, "Generalization to out-of-distribution tasks" (scales); Garg et al.
-    (2022), section 4 (longer prompts, skewed and other inputs).
+    Reference: von Oswald et al. (2023), section 3, "Out-of-distribution validation tasks", and appendix A.2 (scales);
+    Garg et al. (2022), section 4 (inputs of other scales, in a subspace, skewed, and others). Longer prompts are ours.
     """
     shifts = _shifts(data, scales, lengths, dims)
     most = trained_lengths(data)[1]

@@ -167,7 +167,7 @@ def test_each_variant_is_the_pass_written_out_by_hand(kind):
     by_hand = {
         "attention": attn,
         "attention + residual": x + attn,
-        "attention + MLP": block.mlp(block.ln2(attn)),
+        "attention + MLP": attn + block.mlp(block.ln2(attn)),  # the MLP keeps its own residual connection
         "attention + residual + MLP": x + attn + block.mlp(block.ln2(x + attn)),
     }
     for name, stream in (by_hand | side if kind == "parallel" else by_hand).items():

@@ -60,6 +60,22 @@ def test_the_weights_of_every_learner_are_its_gain_at_s_times_b(d, k, steps, mea
         torch.testing.assert_close(learner.weights(x, y), by_gain[..., 0], atol=1e-9 * scale, rtol=1e-6)
 
 
+def test_gd_plus_plus_is_the_published_one_with_either_mean():
+    """von Oswald et al., appendix A.10: each token (x, y) adds diag(-gamma I, -eta / k) (sum of (x, y) x^T) x."""
+    x, y = drawn(3, 5)
+    query, eta, gamma, k = torch.tensor([[0.3, -1.0, 0.8]], dtype=x.dtype).expand(4, 3), (0.4, 0.2), (0.03, 0.05), 5
+    tokens = torch.cat([torch.cat([x, query[:, None]], 1), torch.cat([y, torch.zeros_like(y[:, :1])], 1)[..., None]], 2)
+    for rate, shrink in zip(eta, gamma, strict=True):
+        examples = tokens[:, :k]
+        scale = torch.tensor([-shrink] * 3 + [-rate / k], dtype=x.dtype)
+        tokens = tokens + tokens[..., :3] @ (examples[..., :3].mT @ examples) * scale
+    published = -tokens[:, -1, -1]
+    averaged = GDPlusPlus(eta, tuple(k * g for g in gamma)).weights(x, y)
+    summed = GDPlusPlus(tuple(r / k for r in eta), gamma, mean=False).weights(x, y)
+    torch.testing.assert_close((averaged * query).sum(-1), published)
+    torch.testing.assert_close((summed * query).sum(-1), published)
+
+
 @settings(max_examples=20, deadline=None)
 @given(d=st.integers(1, 4), k=st.integers(1, 6), steps=rates, seed=st.integers(0, 99))
 def test_what_reduces_to_what(d, k, steps, seed):
