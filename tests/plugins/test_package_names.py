@@ -20,8 +20,9 @@ heads: Composition CopySuppression Copying Criteria HeadScores InductionHeads Kn
     PositionScores Redundancy Taxonomy score_composition score_copy_suppression score_copying score_heads
     find_induction_heads knock_out_keys measure_mediation find_name_movers score_positions measure_redundancy
     classify_heads
-lens: Calibration LogitAttribution LogitLens Trajectory TunedLens TunedLensTraining measure_calibration
-    direct_logit_attribution fit_tuned_lens lens_logits logit_lens train_tuned_lens trace_predictions tuned_lens
+lens: Calibration LogitAttribution LogitLens PredictionLens Trajectory TunedLens TunedLensTraining measure_calibration
+    direct_logit_attribution fit_tuned_lens lens_logits logit_lens prediction_lens train_tuned_lens trace_predictions
+    tuned_lens
 patching: AblationComparison AblationSweep At AttributionPatching Choice Fixed Given InformationFlow InputAttribution
     Mean MeanOfOthers MeanOverPositions OtherRun PatchSweep PathSweep Replacement Resample WeightRandomisation Zero
     ablate attribution_patch compare_ablations gradient_x_input trace_information integrated_gradients patch
@@ -29,7 +30,7 @@ patching: AblationComparison AblationSweep At AttributionPatching Choice Fixed G
 probing: PROBES TASKS Activations Calibration CausalCheck Geometry Logistic MassMean Probe ProbeKind ProbeStudy
     ProbeTask Ridge TokenProjection Transfer WhitenedMassMean check_probe_use gather next_vowel odd_first
     part_of_speech measure_geometry probe_texts project_tokens read_task sentiment subject_number sum_over_50
-    train_probe transfer_probe
+    train_probe train_value_probe transfer_probe ValueProbe ValueStudy
 steering: CoefficientSweep ContrastDirections DirectionAblation StreamEdit SweepSettings ablate_direction
     sweep_coefficients find_direction measure_direction_ablation project_out steer
 weights: NeuronTokens Overlap PrincipalAngles SingularDirections Spectra Spectrum TokenLists effective_rank
