@@ -27,6 +27,7 @@ from hooklens.sweeps.settings import engine
 if TYPE_CHECKING:
     from hooklens import data, scratch, studies, training
     from hooklens.plugins import circuits, heads, lens, patching, probing, steering, weights
+    from hooklens.plugins.algorithmic import fourier, grokking, icl
     from hooklens.plugins.lens import logit_lens
     from hooklens.plugins.patching import Mean, PatchSweep, Replacement, ablate, patch, path_patch
     from hooklens.plugins.probing import train_probe
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 #: its whole family.
 _PLUGINS = ("circuits", "heads", "lens", "patching", "probing", "steering", "weights")
 _FAMILIES = {name: f"hooklens.plugins.{name}" for name in _PLUGINS}
+_FAMILIES |= {name: f"hooklens.plugins.algorithmic.{name}" for name in ("fourier", "grokking", "icl")}
 _FAMILIES |= {name: f"hooklens.{name}" for name in ("data", "scratch", "studies", "training")}
 _VERBS = {
     **dict.fromkeys(("Mean", "PatchSweep", "Replacement", "ablate", "patch", "path_patch"), "patching"),
@@ -72,7 +74,10 @@ __all__ = [
     "describe",
     "differentiable_attention",
     "engine",
+    "fourier",
+    "grokking",
     "heads",
+    "icl",
     "kl",
     "lens",
     "load",

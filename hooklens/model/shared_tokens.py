@@ -4,7 +4,6 @@ With one layer, keys and values depend on nothing but a token and its position. 
 has 38,307 tokens, of which 227 are distinct.
 """
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hooklens.model.attention import Attention
 from hooklens.model.config import Causal, NoMask, TokenEmbed
 from hooklens.model.embed import soft_cap
 from hooklens.model.kv_cache import Context
@@ -59,39 +59,28 @@ def last_logits(model: "HookedTransformer", tokens: Int[Tensor, "batch pos"]) ->
     present[key.flatten()] = True
     distinct = present.nonzero()[:, 0]
     places = (present.cumsum(0) - 1)[key]
-    ctx = _Distinct((distinct // d_vocab)[None], places=places)
-    stream = model.embed_input((distinct % d_vocab)[None], ctx)
-    return model.read_out(model.blocks[0](stream, ctx))
+    # One row of all distinct tokens, whose one query is the token that is last in every prompt.
+    ctx = Context((distinct // d_vocab)[None], chosen=places[0, -1:])
+    block, stream = model.blocks[0], model.embed_input((distinct % d_vocab)[None], ctx)
+    z = _attend(block.attn, *block.attn.project(block.before_attn(stream), ctx, (None, None, None)), places)
+    query = ctx.select(stream).expand(len(tokens), -1, -1)
+    return model.read_out(block.finish(query, block.attn_adds(block.attn.output(z))))
 
 
-@dataclass
-class _Distinct(Context):
-    """A pass over distinct tokens as one row, whose one query attends in every prompt to the tokens of that prompt."""
-
-    places: Any = None  # Places; a field after those with defaults needs one
-
-    def select(self, x: Float[Tensor, "1 distinct *rest"]) -> Float[Tensor, "1 1 *rest"]:
-        """The query: the token that is last in every prompt."""
-        return x[:, self.places[0, -1:]]
-
-    def query_tables(
-        self, cos: Float[Tensor, "1 distinct turned"], sin: Float[Tensor, "1 distinct turned"], batch: int
-    ) -> tuple[Float[Tensor, "1 1 turned"], Float[Tensor, "1 1 turned"]]:
-        return self.select(cos), self.select(sin)
-
-    def attend(
-        self,
-        attn: Any,
-        q: Float[Tensor, "1 1 head d_head"],
-        k: Float[Tensor, "1 distinct kv_head d_head"],
-        v: Float[Tensor, "1 distinct kv_head d_head"],
-    ) -> Float[Tensor, "batch 1 head d_head"]:
-        group = attn.n_heads // attn.n_kv_heads
-        k, v = (x if group == 1 else x.repeat_interleave(group, 2) for x in (k, v))
-        table = soft_cap((q * k)[0].sum(-1) / attn.scale, attn.score.soft_cap)
-        scores = _rows_of(table, self.places).transpose(1, 2)[:, :, None]
-        pattern = attn.score.pattern(scores, None)
-        return _Weighted.apply(pattern[:, :, 0], v[0], self.places)[:, None]
+def _attend(
+    attn: Attention,
+    q: Float[Tensor, "1 1 head d_head"],
+    k: Float[Tensor, "1 distinct kv_head d_head"],
+    v: Float[Tensor, "1 distinct kv_head d_head"],
+    places: Places,
+) -> Float[Tensor, "batch 1 head d_head"]:
+    """z of the query in every prompt, from the keys and values of that prompt's tokens."""
+    group = attn.n_heads // attn.n_kv_heads
+    k, v = (x if group == 1 else x.repeat_interleave(group, 2) for x in (k, v))
+    table = soft_cap((q * k)[0].sum(-1) / attn.scale, attn.score.soft_cap)
+    scores = _rows_of(table, places).transpose(1, 2)[:, :, None]
+    pattern = attn.score.pattern(scores, None)
+    return _Weighted.apply(pattern[:, :, 0], v[0], places)[:, None]
 
 
 def _rows_of(table: Table, places: Places) -> Float[Tensor, "batch pos *rest"]:

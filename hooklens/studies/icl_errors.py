@@ -96,7 +96,7 @@ class ErrorsByLength(Result):
 
         values = {model: self.error_of(model) for model in self.models}
         values |= {OWN_STEP: self.averaged.own_errors, SHARED_STEP: self.summed.errors}
-        values[LEAST_SQUARES] = self.error_of(LEAST_SQUARES).clamp_min(1e-3 * self.zero)
+        values[LEAST_SQUARES] = self.error_of(LEAST_SQUARES).clamp_min(1e-2 * self.zero)
         bands = {
             model: (self.errors[i] - 2 * self.standard_errors[i], self.errors[i] + 2 * self.standard_errors[i])
             for i, model in enumerate(self.models)

@@ -16,7 +16,7 @@ _INTRODUCTION = (
 )
 _BANDS = (
     "Bands are two standard errors wide on each side. The best step at each length may choose its rate anew; the "
-    "summed step has one rate for all. Values of 0 are drawn at a thousandth of the error of the answer 0."
+    "summed step has one rate for all. Least squares is drawn at no less than a hundredth of the error of the answer 0."
 )
 
 
@@ -30,7 +30,8 @@ def icl_report(study: "ICLStudy") -> "Report":
     tasks = f"{study.errors.tasks:,} fresh prompts for each number of examples."
     report.table(study.table(), tasks, _terms(study))
     report.heading("Error by number of examples").figure(study.figure(), _BANDS)
-    report.table(study.errors.table(), "All numbers of examples.")
+    with report.fold("The errors of all numbers of examples"):
+        report.table(study.errors.table(), "Mean squared errors of models and learners, on the same prompts.")
     report.heading("Which algorithm?")
     for name, compared in study.comparisons.items():
         caption = f"{name}, on {len(compared.targets)} prompts of {compared.n_points} examples."

@@ -79,7 +79,7 @@ class ICLStudy(Result):
             errors, spread = self.errors.errors[i], self.errors.standard_errors[i]
             mean, beside = float(errors.mean()), float(spread.square().sum().sqrt() / len(errors))
             closest, _, _, share, cosine = self.comparisons[model].table(1).rows[0][:5]
-            ratio = mean / self.errors.summed.error
+            ratio = 1 + self.errors.mean_excess(model, self.errors.summed)[0]  # prompt by prompt
             rows.append((model, self.depths[model], mean, beside, ratio, self._at(model), closest, share, cosine))
         rows.sort(key=lambda row: row[2])
         columns = ("model", "layers", "error", "standard error", "of one step", f"at {self.at}")

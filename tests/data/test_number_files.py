@@ -7,6 +7,9 @@ import hooklens as hl
 from hooklens.core.errors import ArgumentError, FileRefused, InputError
 from hooklens.data.number_files import task_of_file
 from hooklens.model.config import VectorEmbed
+from hooklens.plugins.algorithmic.fourier.pair_table import run_pairs
+from hooklens.plugins.algorithmic.icl import prompts_of
+from hooklens.testing import tiny_model
 from hooklens.training import Settings
 
 
@@ -71,6 +74,19 @@ def test_triples_of_a_file_are_the_table_of_the_generator(tmp_path):
     assert data.identity() == hl.data.modular_triples(path, fraction=0.6, seed=1).identity()
     assert sum(map(len, data.held_out(3))) == 10 and len(data.batch(0, 100)) == 15
     assert torch.equal(data.table, ours.table)
+
+
+def test_the_analyses_read_files_as_they_read_generators(tmp_path):
+    path = write(tmp_path, *triples(5, lambda a, b: a + b))
+    data, model = hl.data.modular_triples(path, fraction=0.6), tiny_model(d_vocab=6)
+    ours = hl.data.modular_arithmetic(5, fraction=0.6)
+    tables = [run_pairs(model, task) for task in (data, ours)]
+    assert torch.equal(tables[0].logits, tables[1].logits) and int(tables[0].trained.sum()) == 15
+    assert bool(tables[0].trained[tuple(data.pairs[0].T)].all())
+    prompts, x, y = prompts_file(tmp_path, hl.data.in_context_regression(2, 3), 8)
+    shown = prompts_of(hl.data.regression_prompts(prompts).batch(0, 8))
+    assert torch.equal(shown.target.sort().values, y[:, -1][hl.data.regression_prompts(prompts).split[0]].sort().values)
+    assert shown.points.shape == (7, 3, 2) and x.shape == (8, 4, 2)
 
 
 def test_a_part_of_another_table_is_read_as_it_stands(tmp_path):

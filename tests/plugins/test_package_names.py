@@ -11,6 +11,26 @@ from pathlib import Path
 import pytest
 
 NAMES = """
+algorithmic.fourier: Circles FourierSpectrum FrequencyAblation KeyFrequencies LogitFormula NeuronFrequencies
+    NeuronPatching PairTable PlaneSpectrum Progress SmallestSet SumDirections Task ablate_logit_frequencies
+    ablate_neuron_frequencies classify_neurons component_frequencies component_names cross_entropy distinguished
+    excluded_logits excluded_loss explain_by_frequency explain_by_sum find_key_frequencies find_smallest_set
+    fit_logit_formula formula_coefficients formula_logits fourier_basis frequency_power frequency_power_2d gini
+    inverse_2d inverse_participation_ratio keep_frequencies keep_single_frequencies logit_similarity mean_by_sum
+    measure_fourier_spectrum measure_plane_spectrum measure_progress neuron_logit_map patch_neurons
+    project_embedding random_pairs read_sum_directions restricted_logits restricted_loss run_pairs sums tabulate
+    task_of transform transform_2d
+algorithmic.grokking: GrokkingStep NormDrops Phases TableRegions binomial_interval compare_norm_drops
+    control_recipes detect_grokking fast_recipe find_grokking find_phases grokking_recipe measure_regions
+    squared_weights
+algorithmic.icl: AttentionRegression Averaging BestStep DepthGap ExpectedError FirstKeys GDPlusPlus GradientDescent
+    InputMoments KernelComparison Learner LearnerComparison LeastSquares PreconditionedStep RankCollapse
+    RegressionPrompts Ridge ShiftErrors WeightInterpolation WeightProducts Zero best_constant_steps
+    best_gd_plus_plus best_preconditioner best_step best_step_schedules collapse_bound compare_learners
+    compare_with_kernel composite_norm construct_descent draw_prompts expected_error independent_moments
+    interpolate_weights kernel_weights measure_depth_gap measure_rank_collapse measure_shifts moments_of
+    normal_moments predict prompts_of regress_attention residual_to_rank_one sensitivity_of smooth uniform_moments
+    weight_products
 circuits: Circuit CircuitEvaluation CircuitGraph CircuitTransfer Completeness Discovery EdgeRuns EdgeScores
     Faithfulness FaithfulnessCurve Matching Minimality Pruning Roles acdc acdc_nodes circuit_graph circuit_of eap
     eap_ig eap_ig_activations eap_ig_midpoint eap_ig_own_source evaluate_circuit measure_faithfulness
@@ -37,7 +57,7 @@ weights: NeuronTokens Overlap PrincipalAngles SingularDirections Spectra Spectru
     mlp_read_directions mlp_write_directions read_neurons numerical_rank ov_directions measure_overlap
     participation_ratio measure_angles qk_directions measure_spectrum
 """
-PUBLIC = {package: names.split() for package, names in re.findall(r"(\w+): ([^:]*)(?=\n\w+:|$)", NAMES)}
+PUBLIC = {package: names.split() for package, names in re.findall(r"([\w.]+): ([^:]*)(?=\n[\w.]+:|$)", NAMES)}
 
 
 def fresh(code):
@@ -62,9 +82,9 @@ def test_a_package_has_these_names_and_they_are_no_modules(package):
 def test_every_package_of_methods_is_pinned_here():
     import hooklens.plugins
 
-    folders = {path.parent for path in Path(hooklens.plugins.__file__).parent.glob("*/__init__.py")}
-    # algorithmic/ holds families of its own, and exports nothing itself
-    assert {folder.name for folder in folders if not list(folder.glob("*/__init__.py"))} == set(PUBLIC)
+    root = Path(hooklens.plugins.__file__).parent
+    packages = {".".join(path.parent.relative_to(root).parts) for path in root.glob("*/**/__init__.py")}
+    assert packages - {"algorithmic"} == set(PUBLIC)  # which only holds families
 
 
 def test_no_package_brings_anything_heavy_whichever_comes_first():

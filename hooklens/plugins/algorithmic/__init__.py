@@ -1,1 +1,5 @@
-"""Models trained on algorithmic tasks: the Fourier circuit of modular addition, in-context regression."""
+"""Models trained on algorithmic tasks: the Fourier circuit of modular addition, grokking, in-context regression."""
+
+from hooklens.plugins.algorithmic import fourier, grokking, icl
+
+__all__ = ["fourier", "grokking", "icl"]
