@@ -82,6 +82,20 @@ def test_a_run_is_read_from_its_record():
     assert math.isclose(float(squares[0]), start, rel_tol=1e-5)
 
 
+def test_the_ends_of_a_window_are_steps_of_the_record_and_not_interpolated(monkeypatch):
+    monkeypatch.setattr("hooklens.plugins.algorithmic.grokking.norm_drop._POINTS", 3)
+    data = hl.data.modular_arithmetic(p=5, fraction=0.6)
+    settings = Settings(optimizer=hl.training.AdamW(lr=0.03, weight_decay=1.0))
+    run = hl.train(tiny_model(d_vocab=6), data, steps=20, settings=settings, show=False)
+    sums = np.square(run.steps()["parameter_norms"].astype(np.float64)).sum(1)
+    steps, squares = squared_weights(run, including=(9, 15))
+    assert {9, 15} <= set(steps.tolist()) and len(squared_weights(run)[0]) == 3
+    drops = compare_norm_drops([(GROKKING, 0, steps, squares)], start=9, stop=15)
+    assert float(drops.drop[0]) == pytest.approx(1 - sums[15] / sums[9], rel=1e-6)
+    coarse = compare_norm_drops([(GROKKING, 0, *squared_weights(run))], start=9, stop=15)
+    assert abs(float(coarse.drop[0]) - float(drops.drop[0])) > 1e-4
+
+
 def test_a_run_without_held_out_pairs_cannot_grok():
     run = hl.train(tiny_model(d_vocab=6), hl.data.modular_arithmetic(p=5, fraction=1.0), steps=1, show=False)
     with refused(HooklensError, "no grokking without held-out pairs"):

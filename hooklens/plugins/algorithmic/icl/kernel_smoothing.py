@@ -145,7 +145,7 @@ def _distances(
     preference = k.square().sum(-1) / (2 * scale)
     lifted = kernel * (preference - preference.amax(-1, keepdim=True)).exp()[..., None, :]
     lifted = lifted / lifted.sum(-1, keepdim=True)
-    equal = (seen / seen.sum(-1, keepdim=True)).to(pattern)
+    equal = seen.to(pattern) / seen.sum(-1, keepdim=True)
     several = seen.sum(-1) > 1
     several = several if bool(several.any()) else torch.ones_like(several)
     away = [(pattern - other).abs().sum(-1)[..., several].mean((0, 2)) / 2 for other in (kernel, lifted, equal)]
