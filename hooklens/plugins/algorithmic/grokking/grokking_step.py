@@ -210,7 +210,7 @@ def find_grokking(run: Run, *, bound: float = BOUND, delay: float = DELAY) -> Gr
 
 def _tensor(values: Any) -> Tensor:
     array = np.ascontiguousarray(values)
-    return torch.from_numpy(array.astype(np.int64 if array.dtype.kind in "iu" else np.float32))
+    return torch.from_numpy(array.astype(np.int64 if array.dtype.kind in "iu" else np.float64))
 
 
 def _first(steps: Int[Tensor, "step"], reached: Tensor) -> int | None:
@@ -221,5 +221,5 @@ def _first(steps: Int[Tensor, "step"], reached: Tensor) -> int | None:
 def demo(model: "HookedTransformer") -> GrokkingStep:
     """Planted curves, because a model alone has no run: training is learnt at step 100, the other pairs at 8,000."""
     steps = torch.arange(0, 10_001, 100)
-    train, held_out = (torch.sigmoid((steps - middle) / width) for middle, width in ((50, 5), (6000, 300)))
+    train, held_out = (torch.sigmoid((steps.double() - middle) / width) for middle, width in ((50, 5), (6000, 300)))
     return GrokkingStep.of_curves(steps, train, steps, held_out, losses=(-train.log(), -held_out.log()))
