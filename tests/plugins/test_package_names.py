@@ -21,7 +21,7 @@ algorithmic.fourier: Circles FourierSpectrum FrequencyAblation KeyFrequencies Lo
     project_embedding random_pairs read_sum_directions restricted_logits restricted_loss run_pairs sums tabulate
     task_of transform transform_2d
 algorithmic.grokking: GrokkingStep NormDrops Phases TableRegions binomial_interval compare_norm_drops
-    control_recipes detect_grokking fast_recipe find_grokking find_phases grokking_recipe measure_regions
+    control_recipes fast_recipe find_grokking find_phases grokking_recipe measure_regions
     squared_weights
 algorithmic.icl: AttentionRegression Averaging BestStep DepthGap ExpectedError FirstKeys GDPlusPlus GradientDescent
     InputMoments KernelComparison Learner LearnerComparison LeastSquares PreconditionedStep RankCollapse

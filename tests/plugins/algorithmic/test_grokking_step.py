@@ -10,8 +10,8 @@ from refused import refused
 import hooklens as hl
 from hooklens.core.errors import HooklensError
 from hooklens.plugins.algorithmic.grokking import (
+    GrokkingStep,
     compare_norm_drops,
-    detect_grokking,
     find_grokking,
     find_phases,
     squared_weights,
@@ -42,7 +42,7 @@ def curve(step):
     ],
 )
 def test_the_verdict_of_planted_curves(memorised, generalised, verdict):
-    step = detect_grokking(STEPS, curve(memorised), STEPS, curve(generalised))
+    step = GrokkingStep.of_curves(STEPS, curve(memorised), STEPS, curve(generalised))
     assert step.verdict == verdict and step.grokked == (verdict == "grokked")
     assert step.memorised_at == (None if memorised == NEVER else memorised)
     assert step.generalised_at == (None if generalised == NEVER else generalised)
@@ -55,14 +55,14 @@ def test_the_verdict_of_planted_curves(memorised, generalised, verdict):
 def test_memorisation_is_known_to_the_step_and_generalisation_to_the_evaluation():
     every = torch.arange(1000)
     train = (every >= 123).float()
-    step = detect_grokking(every, train, torch.tensor([0, 500, 1000]), torch.tensor([0.0, 0.5, 1.0]))
+    step = GrokkingStep.of_curves(every, train, torch.tensor([0, 500, 1000]), torch.tensor([0.0, 0.5, 1.0]))
     assert (step.memorised_at, step.generalised_at) == (123, 1000)
     assert step.train_accuracy.tolist() == [0.0, 1.0, 1.0]  # that after the last step is of the last one
 
 
 def test_the_bound_decides():
     held_out = torch.linspace(0, 1, len(STEPS))
-    early, late = (detect_grokking(STEPS, curve(10), STEPS, held_out, bound=bound) for bound in (0.5, 1.0))
+    early, late = (GrokkingStep.of_curves(STEPS, curve(10), STEPS, held_out, bound=bound) for bound in (0.5, 1.0))
     assert (early.generalised_at, late.generalised_at) == (500, 1000)
 
 
@@ -108,9 +108,9 @@ def test_a_run_without_held_out_pairs_cannot_grok():
 )
 def test_thresholds_that_make_no_sense_are_refused(options, says):
     with refused(HooklensError, says):
-        detect_grokking(STEPS, curve(1), STEPS, curve(2), **options)
+        GrokkingStep.of_curves(STEPS, curve(1), STEPS, curve(2), **options)
     with refused(HooklensError, "one of them has no step"):
-        detect_grokking(STEPS[:0], curve(1)[:0], STEPS, curve(2))
+        GrokkingStep.of_curves(STEPS[:0], curve(1)[:0], STEPS, curve(2))
 
 
 def test_the_gap_is_drawn():
