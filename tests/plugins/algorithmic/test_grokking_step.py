@@ -66,6 +66,12 @@ def test_the_bound_decides():
     assert (early.generalised_at, late.generalised_at) == (500, 1000)
 
 
+def test_a_recorded_accuracy_equal_to_the_bound_reaches_it():
+    accuracy = torch.tensor([0.1, 0.9, 0.9]).double()  # float32, as in the record of a run
+    found = GrokkingStep.of_curves(STEPS[:3], accuracy, STEPS[:3], accuracy, bound=0.9)
+    assert (found.memorised_at, found.generalised_at) == (10, 10)
+
+
 def test_a_run_is_read_from_its_record():
     data = hl.data.modular_arithmetic(p=5, fraction=0.6)
     settings = Settings(batch=25, evaluate=4, optimizer=hl.training.AdamW(lr=0.03))
