@@ -326,7 +326,8 @@ def _further(keys: KeyFrequencies) -> str:
     further = sorted(k for k, count in votes.items() if 2 * count > len(others))
     if not further:
         return ""
-    return f" Most of the other rules also name {', '.join(map(str, further))}, which the numbers below leave out."
+    named = ", ".join(map(str, further))
+    return f" Most of the other rules also name {named}, which the formula and the losses below leave out."
 
 
 def _causal_sentences(circuit: CircuitReadings) -> list[str]:

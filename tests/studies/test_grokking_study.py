@@ -62,7 +62,7 @@ def test_findings_name_what_the_neuron_rule_leaves_out_and_compare_losses_of_the
     circuit = replace(study.circuit, keys=replace(keys, by_rule=named), **losses)
     text = " ".join(replace(study, circuit=circuit).findings())
     assert "Key frequencies by the neuron rule: 1;" in text
-    assert "Most of the other rules also name 2, which the numbers below leave out." in text
+    assert "Most of the other rules also name 2, which the formula and the losses below leave out." in text
     assert "On all pairs the loss is 3.25 nats and the restricted loss 0.5; on the training pairs" in text
     assert "on the training pairs the loss is 0.125 and the excluded loss 2.5" in text
     agreeing = replace(circuit, keys=replace(keys, by_rule=named | {"neurons": [1, 2]}))
