@@ -1,6 +1,6 @@
 """`hooklens grok`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,21 +72,39 @@ def grok(
     from hooklens.studies.grokking_page import grokking_report, seeds_table
 
     checks = {"out": lambda: check_out(out), "device": lambda: as_device(device), "p": options.check}
-    known = judge({**checks, "run": lambda: _only_one(run, model)})
+    known = judge({**checks, "run": lambda: _check_source(run, model, options, trains=controls or runs is not None)})
     if run is not None or model is not None:
         studies = [_analysed(run, model, options, known["device"])]
     else:
         studies = _trained(options, runs, controls=controls, device=known["device"])
     path = grokking_report(studies).save(out, data=studies)
     written = {"report": path.absolute(), "numbers": path.with_suffix(".json").absolute()}
-    sentences = {f"seed {study.seed}": " ".join(study.findings()) for study in studies}
-    table = seeds_table(studies)
-    show(table, as_json, caption=f"Addition modulo {studies[0].modulus}", more=sentences | written)
+    caption = f"Addition modulo {studies[0].modulus}"
+    show(seeds_table(studies), as_json, caption=caption, more=_sentences(studies, as_json) | written)
 
 
-def _only_one(run: Path | None, model: Path | None) -> None:
+def _sentences(studies: "list[GrokkingStudy]", as_json: bool) -> dict[str, str]:
+    """The findings: one entry for each seed in JSON, one line for each finding in a terminal."""
+    if as_json:
+        return {f"seed {study.seed}": " ".join(study.findings()) for study in studies}
+    return {
+        f"seed {study.seed}, finding {i}": finding for study in studies for i, finding in enumerate(study.findings(), 1)
+    }
+
+
+def _check_source(run: Path | None, model: Path | None, options: GrokOptions, *, trains: bool) -> None:
+    """Raise for options that say how to train where nothing is trained: they would have no effect."""
     if run is not None and model is not None:
         raise InputError("--run has checkpoints of its own, so --model cannot be given too; give one of them")
+    if run is None and model is None:
+        return
+    read = {"p"} if run is not None else {"p", "fraction", "seed", "fast"}
+    changed = [field.name for field in fields(GrokOptions) if getattr(options, field.name) != field.default]
+    unused = [f"--{name.replace('_', '-')}" for name in changed if name not in read]
+    if unused or trains:
+        given = ", ".join(unused) or "--runs or --controls"
+        source = "--run" if run is not None else "--model"
+        raise InputError(f"{source} trains nothing, so {given} would have no effect; leave them out")
 
 
 def _analysed(run: Path | None, model: Path | None, options: GrokOptions, device: Any) -> "GrokkingStudy":

@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -253,7 +254,9 @@ def task_of_file(path: str | os.PathLike) -> str:
     'modular_triples'
     """
     with reading(path, "a file to train on"), open(path, encoding="utf-8-sig", errors="replace") as file:
-        header = [name.strip() for name in file.readline(10_000).split(",")]
+        first = file.readline(10_000)
+    # Other separators are recognised, too: the reader of the task then says what is wrong, and no table becomes a text.
+    header = _names(re.split("[,;\t]", first.replace('"', "")))
     if header == _TRIPLE:
         return "modular_triples"
     return "regression_prompts" if header[0] == "prompt" and header[-1] == "y" else "text"
@@ -265,14 +268,17 @@ def fingerprint(*tensors: Tensor) -> str:
 
 
 def _rows(path: Path, what: str, check_header: Callable[[Path, list[str]], None]) -> Iterator[tuple[int, list[str]]]:
-    """The header, then every row with its line, one at a time: only numbers of a large file are kept in memory."""
+    """The header, then every row with its line, one at a time: only numbers of a large file are kept in memory.
+
+    Rows without a value are left out: spreadsheets write them below a table.
+    """
     with reading(path, what), open(path, encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file)
-        header = [name.strip() for name in next(lines, [])]
+        header = _names(next(lines, []))
         check_header(path, header)
         yield 1, header
         for row in lines:
-            if not row:
+            if not any(text.strip() for text in row):
                 continue
             if len(row) != len(header):
                 wanted = f"{len(row)} values, and the header has {len(header)} columns ({_shown(header)})"
@@ -280,15 +286,24 @@ def _rows(path: Path, what: str, check_header: Callable[[Path, list[str]], None]
             yield lines.line_num, [text.strip() for text in row]
 
 
+def _names(header: Sequence[str]) -> list[str]:
+    """The names of columns, in lower case: "A" is "a"."""
+    return [name.strip().lower() for name in header]
+
+
 def _check_prompt_header(path: Path, header: Sequence[str]) -> None:
     d = len(header) - 2
     if d < 1 or list(header) != ["prompt", *(f"x{i}" for i in range(1, d + 1)), "y"]:
-        _refuse(path, 1, f"the header of regression prompts is prompt,x1,...,xd,y; got {_shown(header)}")
+        _refuse(
+            path,
+            1,
+            f"the header of regression prompts is prompt,x1,...,xd,y, separated by commas; got {_shown(header)}",
+        )
 
 
 def _check_triple_header(path: Path, header: Sequence[str]) -> None:
     if list(header) != _TRIPLE:
-        _refuse(path, 1, f"the header of triples is a,b,c; got {_shown(header)}")
+        _refuse(path, 1, f"the header of triples is a,b,c, separated by commas; got {_shown(header)}")
 
 
 def _shown(header: Sequence[str]) -> str:

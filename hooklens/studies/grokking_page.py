@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hooklens.core.errors import InputError
+from hooklens.plugins.algorithmic.grokking.phases import Phases
 from hooklens.results.result import Table
 from hooklens.studies.grokking_study import PUBLISHED, GrokkingStudy
 
@@ -18,7 +19,7 @@ _PUBLISHED = (
     "frequency. Key frequencies of other seeds are others: their names do not matter, their number does."
 )
 _TERMS = {
-    "seed": "of the weights, and of which pairs are trained on",
+    "verdict": "whether the run grokked, by the thresholds above",
     "memorised at step": "training accuracy at least 0.99",
     "memorisation ends": "the smallest excluded loss",
     "cleanup begins": "the last checkpoint with at least 0.9 of the largest held-out loss",
@@ -26,11 +27,18 @@ _TERMS = {
     "to 0.99",
     "generalised at step": "held-out accuracy at least 0.99",
     "key frequencies": "those of which the terms explain over 85 % of the variance of at least one neuron",
+    "neurons explained above 85 %": "those with a frequency whose terms explain that share of their variance",
     "variance of the logits explained": "of centred logits, by sum_k alpha_k cos w_k (a + b - c) at key frequencies",
-    "restricted loss (nats)": "the loss if only the constant and the key frequencies' (a + b) terms are kept",
+    "restricted loss (nats)": "the loss on all pairs with only the constant and the key frequencies' (a + b) terms",
     "excluded loss (nats)": "the training loss if only those terms are removed",
+    "ln p (nats)": "the loss of equal probabilities for all answers",
+    "smallest set within 1 %": "the fewest frequencies, of all, whose restricted loss is at most 1 % above the loss on "
+    "all pairs",
+    "Gini of W_E": "of the norms of the embedding's Fourier components: 0 if all are equal, near 1 if few are large",
+    "Gini of W_L": "the same of the neuron-to-logit map W_out W_U",
     "drop of the squared norm at grokking": "the share of the sum of squares lost between the start of the rise "
     "and generalisation",
+    "largest drop of a control": "the same in a run that should not grok; none if no such run was trained",
     "weakest region": "of the table, by accuracy on unseen pairs",
 }
 
@@ -111,7 +119,8 @@ def _parts(report: Any, study: GrokkingStudy) -> None:
     circuit = study.circuit
     if study.grokking is not None:
         report.figure(
-            study.grokking.figure(), "The grokking gap: the training pairs are learnt long before the others."
+            study.grokking.figure(),
+            "The grokking gap is the distance between the two curves of accuracy, along the axis of steps.",
         )
     if study.progress is not None:
         report.figure(
@@ -119,11 +128,13 @@ def _parts(report: Any, study: GrokkingStudy) -> None:
             "Progress at the checkpoints, with the key frequencies of the last one at all of them.",
         )
     if study.phases is not None:
-        report.table(study.phases.table(), "Phases by excluded loss; rules of ours for phases that are published.")
+        report.table(study.phases.table(), _phases_caption(study.phases))
     if study.norms is not None:
         report.figure(study.norms.figure(), "The window between the dotted lines is the rise of the held-out accuracy.")
         report.table(study.norms.table(), study.norms.statement, study.norms.terms)
-    report.figure(circuit.spectrum.figure(), "Few large components: numbers are embedded as waves of few frequencies.")
+    report.figure(
+        circuit.spectrum.figure(), "Numbers are embedded as waves of few frequencies if few components are large."
+    )
     report.figure(circuit.neurons.figure())
     report.table(circuit.neurons.table(), "", circuit.neurons.terms)
     report.figure(
@@ -132,13 +143,15 @@ def _parts(report: Any, study: GrokkingStudy) -> None:
     report.figure(circuit.formula.figure())
     shown: dict[str, Any] = {
         "The numbers on the plane of each key frequency, and on principal components.": circuit.circles,
-        "Neurons whose weights to the logits are waves read cos and sin of w (a + b).": circuit.directions,
+        "Whether neurons whose weights to the logits are waves read cos and sin of w (a + b).": circuit.directions,
         "The loss when the logits lose one frequency.": circuit.logit_ablation,
         "The loss when the neurons lose one frequency, and the rest of the model runs on.": circuit.neuron_ablation,
-        "How few frequencies are as good as the model.": circuit.smallest,
+        "How few frequencies are as good as the model. They need not be the key frequencies.": circuit.smallest,
     }
-    shown["The two-dimensional spectrum of all logits: a + b alone is on the diagonal blocks."] = circuit.plane
-    shown["What single neurons are worth when they are patched from one pair into another."] = circuit.patching
+    shown["The two-dimensional spectrum of all logits. What depends on a + b alone is on the diagonal blocks."] = (
+        circuit.plane
+    )
+    shown["The effect of patching each neuron from one pair into another, added up by frequency."] = circuit.patching
     for caption, part in shown.items():
         if part is not None:
             report.figure(part.figure(), caption)
@@ -151,6 +164,16 @@ def _parts(report: Any, study: GrokkingStudy) -> None:
         caption = f"The same after step {study.halfway_step:,}, at a held-out accuracy of {accuracy:.2f}."
         report.figure(study.halfway.figure(), caption)
         report.table(study.halfway.table(), caption, study.halfway.terms)
+
+
+def _phases_caption(phases: Phases) -> str:
+    caption = "Phases by excluded loss; rules of ours for phases that are published."
+    if phases.formed > phases.memorised:
+        return caption
+    return (
+        f"{caption} Circuit formation is empty: the held-out loss was last at 0.9 of its peak no later than "
+        "the excluded loss was smallest, so that these rules do not separate the two phases in this run."
+    )
 
 
 def _verdicts(studies: Sequence[GrokkingStudy]) -> str:

@@ -1,5 +1,7 @@
 """One run of modular addition, analysed: when it grokked, its Fourier circuit, its norm, and where it generalised."""
 
+import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,7 +44,7 @@ from hooklens.plugins.algorithmic.grokking.phases import Phases, find_phases
 from hooklens.plugins.algorithmic.grokking.table_regions import TableRegions, measure_regions
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
-from hooklens.training.training_run import Run
+from hooklens.training.training_run import Run, open_run
 
 _TERMS = {
     "what": "what was measured",
@@ -65,8 +67,9 @@ PUBLISHED: Mapping[str, str] = {
 class CircuitReadings(Result):
     """What the Fourier analysis finds in one model, over all pairs of its table.
 
-    `loss` is that on all pairs, `chance` ln p. `restricted` and `excluded` are losses at the key frequencies, None if
-    there is no key frequency. All are in nats. The parts that read key frequencies are None without one, too.
+    `loss` is that on all pairs, `training_loss` that on the training pairs, `chance` ln p. `restricted` (all pairs) and
+    `excluded` (training pairs) are losses at the key frequencies, None if there is no key frequency. All are in nats.
+    The parts that read key frequencies are None without one, too.
     """
 
     keys: KeyFrequencies
@@ -77,6 +80,7 @@ class CircuitReadings(Result):
     chance: float
     restricted: float | None
     excluded: float | None
+    training_loss: float | None = None
     smallest: SmallestSet | None = None
     circles: Circles | None = None
     directions: SumDirections | None = None
@@ -142,6 +146,7 @@ class GrokkingStudy(Result):
             "neurons explained above 85 %": f"{circuit.neurons.n_explained} of {n_neurons}",
             "variance of the logits explained": circuit.formula.explained_centred,
             "loss, all pairs (nats)": circuit.loss,
+            "loss, training pairs (nats)": circuit.training_loss,
             "restricted loss (nats)": circuit.restricted,
             "excluded loss (nats)": circuit.excluded,
             "ln p (nats)": circuit.chance,
@@ -175,14 +180,16 @@ class GrokkingStudy(Result):
         return said
 
 
-def study_grokking(run: Run, *, controls: Mapping[str, Run] | None = None) -> GrokkingStudy:
+def study_grokking(run: Run | str | os.PathLike, *, controls: Mapping[str, Run] | None = None) -> GrokkingStudy:
     """What happened in a run on addition modulo p, and what did its model learn?
 
-    `controls` are runs of the same setting that should not grok, by the names of `control_recipes`: with them, the
-    drop of the weight norm can be evidence. A run that did not grok is studied all the same, and the result says so.
+    `run` is what `hl.train` returned, or its folder. `controls` are runs of the same setting that should not grok, by
+    the names of `control_recipes`: with them, the drop of the weight norm can be evidence. A run that did not grok is
+    studied all the same, and the result says so.
 
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability".
     """
+    run = run if isinstance(run, Run) else open_run(run)
     data = task_of(run)
     check_table_size(data.p, data.fraction)
     kept = run.checkpoints()
@@ -249,6 +256,7 @@ def read_circuit(model: HookedTransformer, data: Modular) -> CircuitReadings:
         chance=pairs.chance,
         restricted=restricted_loss(pairs.logits, used) if used else None,
         excluded=excluded_loss(pairs.logits, used, trained) if used and trained is not None else None,
+        training_loss=None if trained is None else pairs.mean_over(pairs.losses, trained),
     )
     if not used:
         return readings
@@ -304,10 +312,23 @@ def _circuit_sentence(circuit: CircuitReadings) -> str:
         return "No frequency explains 85 % of the variance of any neuron: this model has no Fourier circuit."
     return (
         f"Key frequencies by the neuron rule: {used}; {n} of {total} neurons ({n / total:.0%}) are explained above "
-        f"85 % by one frequency. sum_k alpha_k cos w_k (a + b - c) explains {circuit.formula.explained_centred:.1%} of "
-        f"the variance of the centred logits. Restricted loss {circuit.restricted:.3g} nats and excluded loss "
-        f"{circuit.excluded:.3g}, against a loss of {circuit.loss:.3g} on all pairs and ln p = {circuit.chance:.3g}."
+        f"85 % by one frequency.{_further(circuit.keys)} sum_k alpha_k cos w_k (a + b - c) at the key frequencies "
+        f"explains {circuit.formula.explained_centred:.1%} of the variance of the centred logits. On all pairs the "
+        f"loss is {circuit.loss:.3g} nats and the restricted loss {circuit.restricted:.3g}; on the training pairs the "
+        f"loss is {circuit.training_loss:.3g} and the excluded loss {circuit.excluded:.3g}; ln p is "
+        f"{circuit.chance:.3g}."
     )
+
+
+def _further(keys: KeyFrequencies) -> str:
+    """The frequencies that most of the other rules name, and the neuron rule does not."""
+    others = list(keys.by_rule.values())[1:]
+    votes = Counter(k for named in others for k in named if k not in keys.keys)
+    further = sorted(k for k, count in votes.items() if 2 * count > len(others))
+    if not further:
+        return ""
+    named = ", ".join(map(str, further))
+    return f" Most of the other rules also name {named}, which the formula and the losses below leave out."
 
 
 def _causal_sentences(circuit: CircuitReadings) -> list[str]:
@@ -317,17 +338,20 @@ def _causal_sentences(circuit: CircuitReadings) -> list[str]:
         ablation = circuit.neuron_ablation
         losses = dict(zip(ablation.frequencies.tolist(), ablation.losses.tolist(), strict=True))
         keys = [losses[k] for k in circuit.frequencies]
-        others = [loss for k, loss in losses.items() if k not in circuit.frequencies]
-        rest = f", one of the other {len(others)} to at most {max(others):.3g}" if others else ""
+        others = [k for k in losses if k not in circuit.frequencies]
         said.append(
-            f"Removing one key frequency from the neurons takes the loss on all pairs from {circuit.loss:.3g} to "
-            f"{min(keys):.3g} or more{rest}."
+            f"Removing one key frequency from the neurons takes the loss on all pairs from {circuit.loss:.3g} to at "
+            f"least {min(keys):.3g} nats."
         )
+        if others:
+            most = max(others, key=lambda k: losses[k])
+            said[-1] += f" Of the other frequencies, {most} matters most: without it the loss is {losses[most]:.3g}."
     if circuit.patching is not None:
         patching = circuit.patching
         said.append(
-            f"Neurons patched one at a time restore {patching.total / patching.gap:.0%} of the difference between two "
-            "pairs; the rest goes past the MLP, or is not additive."
+            f"The effects of all neurons, each patched alone, add up to {patching.total / patching.gap:.0%} of the "
+            f"difference between the clean and the corrupted logit difference, averaged over {_PATCHED} random pairs "
+            "of prompts. What is missing from 100% goes past the MLP, or is not additive."
         )
     return said
 

@@ -53,8 +53,8 @@ def _terms(study: "ICLStudy") -> dict[str, str]:
         "examples, on the loss summed over examples",
         f"at {study.at}": f"the error with {study.at} examples; least squares has none from as many examples as "
         "dimensions on, up to rounding",
-        "closest learner": "the learner whose answers to these prompts differ least from the model's",
-        "share": "that difference, squared, over the mean square of the learner's answers",
+        "closest learner": "the learner with the smallest mean absolute difference between its answers and the model's",
+        "share": "the mean squared difference over the mean square of the learner's answers",
         "cosine": "between the gradients of model and learner by the query, averaged over prompts",
     }
 

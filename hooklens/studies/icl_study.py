@@ -146,8 +146,8 @@ class ICLStudy(Result):
         return (
             f"With {self.at} examples, {model} ({layers} {'layer' if layers == 1 else 'layers'}) leaves "
             f"{error / zero:.3g} of the variance unexplained, the best single step {best / zero:.3g}, least squares "
-            f"{least / zero:.2g}. Of the learners, its answers are closest to those of {closest} (mean squared "
-            f"difference {share:.3g} of their mean square)."
+            f"{least / zero:.2g}. By mean absolute difference, its answers are closest to those of "
+            f"{closest} (mean squared difference {share:.3g} of their mean square)."
         )
 
     def report(self) -> Any:

@@ -12,7 +12,7 @@ _ROW = 20  # pixels per additional row of a legend
 
 
 def panels(figures: Sequence[go.Figure]) -> go.Figure:
-    """Stack the figures, each with its own axes, title and legend.
+    """Stack the figures, each with its own axes, title and legend; heat maps have their colour bars beside them.
 
     >>> import torch
     >>> from hooklens.viz.curves import lines
@@ -35,9 +35,12 @@ def panels(figures: Sequence[go.Figure]) -> go.Figure:
         title.yshift = 24 + _ROW * (n - 1)  # above the legend
     for row, figure in enumerate(figures, 1):
         legend = "legend" if row == 1 else f"legend{row}"
+        bottom, top = stacked.layout["yaxis" if row == 1 else f"yaxis{row}"].domain
         for trace in figure.data:
             drawn = go.Figure([trace]).data[0].update(legend=legend)
             drawn.showlegend = figure.layout.showlegend if trace.showlegend is None else trace.showlegend
+            if drawn.type == "heatmap":  # by default all colour bars lie upon each other, at the height of the page
+                drawn.colorbar.update(y=(bottom + top) / 2, yanchor="middle", len=top - bottom, lenmode="fraction")
             stacked.add_trace(drawn, row=row, col=1)
         for kind, update in (("x", stacked.update_xaxes), ("y", stacked.update_yaxes)):
             axis = figure.layout[f"{kind}axis"].to_plotly_json()
@@ -47,7 +50,6 @@ def panels(figures: Sequence[go.Figure]) -> go.Figure:
             stacked.add_shape(shape.update(place))
         for note in figure.layout.annotations:
             stacked.add_annotation(note.update(place))
-        top = stacked.layout["yaxis" if row == 1 else f"yaxis{row}"].domain[1]
         stacked.update_layout({legend: {"orientation": "h", "x": 0, "y": top, "yanchor": "bottom", "xanchor": "left"}})
     return stacked
 

@@ -37,8 +37,9 @@ def test_the_same_command_goes_on_and_the_run_and_its_model_are_analysed(made, t
     analysed = invoke("grok", "--run", run, "--out", tmp_path / "b.html", "--json")
     assert analysed.exit_code == 0 and json.loads(analysed.stdout)["rows"] == told["rows"]
     model = sorted((run / "checkpoints").iterdir())[-1]
-    alone = invoke("grok", "--model", model, *SMALL, "--out", tmp_path / "c.html")
+    alone = invoke("grok", "--model", model, *SMALL[:4], "--out", tmp_path / "c.html")
     assert alone.exit_code == 0 and "held-out accuracy" in alone.stdout and "verdict" not in alone.stdout
+    assert "\nseed 0, finding 1: " in alone.stdout and "\nseed 0, finding 2: " in alone.stdout
     other = invoke("grok", "--run", run, "--p", 7, "--out", tmp_path / "d.html")
     assert other.exit_code == cli.BAD_INPUT and "was trained on p = 5, and --p 7 is asked for" in other.stderr
     wrong = invoke("grok", "--model", model, "--p", 7, "--out", tmp_path / "d.html")
@@ -55,8 +56,11 @@ def test_the_same_command_goes_on_and_the_run_and_its_model_are_analysed(made, t
         (["--p", 5, "--fraction", 1], "--fraction 1.0 leaves no pair of 25 to test on"),
         (["--seeds", 0], "--seeds is how many runs"),
         (["--weight-decay", -1], "--weight-decay is a finite number of at least 0"),
-        (["--steps", 0], "steps is a whole number of at least 1"),
+        (["--steps", 0], "error: --steps is a whole number of at least 1"),
         (["--run", "nowhere"], "'nowhere' holds no run"),
+        (["--run", "r", "--fast", "--seeds", 2], "--run trains nothing, so --fast, --seeds would have no effect"),
+        (["--model", "m", "--weight-decay", 2], "--model trains nothing, so --weight-decay would have no effect"),
+        (["--run", "r", "--controls"], "--run trains nothing, so --runs or --controls would have no effect"),
         (["--device", "toaster"], "toaster"),
     ],
 )

@@ -107,7 +107,10 @@ def test_a_part_of_another_table_is_read_as_it_stands(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["prompt,x1,x3,y"], "line 1: the header of regression prompts is prompt,x1,...,xd,y; got prompt,x1,x3,y"),
+        (
+            ["prompt,x1,x3,y"],
+            "line 1: the header of regression prompts is prompt,x1,...,xd,y, separated by commas; got prompt,x1,x3,y",
+        ),
         (["prompt,y"], "line 1: the header of regression prompts"),
         ([""], "line 1: .*got an empty line"),
         (["prompt,x1,y"], "has 0 prompts; at least 2"),
@@ -135,8 +138,8 @@ def test_bad_lines_of_prompts_are_named(tmp_path, lines, message):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["a,b"], "line 1: the header of triples is a,b,c; got a,b"),
-        (["1,2,3"], "line 1: the header of triples is a,b,c; got 1,2,3"),
+        (["a,b"], "line 1: the header of triples is a,b,c, separated by commas; got a,b"),
+        (["1,2,3"], "line 1: the header of triples is a,b,c, separated by commas; got 1,2,3"),
         (["a,b,c"], "has a header and no triples"),
         (["a,b,c", "1,2,x"], r"line 2: 'x' is no whole number from 0 to p - 1 = 4"),
         (["a,b,c", "1,2,3", "1,3,5"], r"line 3: '5' is no whole number from 0 to p - 1 = 4"),
@@ -183,3 +186,24 @@ def test_a_file_is_read_line_by_line(tmp_path):
 def test_the_header_says_which_task_reads_a_file(tmp_path):
     tasks = {"a,b,c": "modular_triples", "prompt,x1,y": "regression_prompts", "once upon, a time": "text"}
     assert {line: task_of_file(write(tmp_path, line)) for line in tasks} == tasks
+
+
+def test_files_that_a_spreadsheet_wrote_are_read_as_plain_ones(tmp_path):
+    plain = hl.data.modular_triples(write(tmp_path, *triples(5, lambda a, b: a + b)), fraction=0.6)
+    quoted = ['"A","B","C"', *(",".join(f'"{n}"' for n in row) for row in plain.triples.tolist()), ",,", "", " ,,"]
+    path = tmp_path / "spreadsheet.csv"
+    path.write_bytes(("\ufeff" + "\r\n".join(quoted) + "\r\n").encode())
+    assert task_of_file(path) == "modular_triples"
+    assert torch.equal(hl.data.modular_triples(path, fraction=0.6).triples, plain.triples)
+    prompts = ['"Prompt","X1","Y"', *(f'"p{i}","{i}.5","{-i}"' for i in (1, 1, 2, 2)), ",,"]
+    path.write_bytes(("\ufeff" + "\r\n".join(prompts) + "\r\n").encode())
+    assert task_of_file(path) == "regression_prompts"
+    assert hl.data.regression_prompts(path, held_out=0.5).x.flatten().tolist() == [1.5, 1.5, 2.5, 2.5]
+
+
+@pytest.mark.parametrize("header", ["a;b;c", "a\tb\tc", '"a";"b";"c"'])
+def test_a_table_with_other_separators_is_refused_and_no_text(tmp_path, header):
+    path = write(tmp_path, header, "1;2;3")
+    assert task_of_file(path) == "modular_triples"
+    with pytest.raises(InputError, match="a,b,c, separated by commas; got"):
+        hl.data.modular_triples(path)

@@ -11,6 +11,7 @@ import hooklens as hl
 from hooklens.core.errors import HooklensError
 from hooklens.plugins.algorithmic.grokking import GrokkingStep, fast_recipe, find_grokking, grokking_recipe
 from hooklens.plugins.algorithmic.grokking.norm_drop import GROKKING, NO_DECAY, SHUFFLED, compare_norm_drops
+from hooklens.plugins.algorithmic.grokking.phases import Phases
 from hooklens.results.result import Result
 from hooklens.studies.grokking_page import grokking_report, seeds_table, together
 from hooklens.studies.grokking_runs import control_of, folder_name, grok, train_recipe
@@ -46,6 +47,26 @@ def test_a_run_that_did_not_grok_is_studied_and_said_to_be(study):
     assert dict(zip(*zip(*study.table().rows, strict=True), strict=True))["verdict"] == study.grokking.verdict
     assert (study.modulus, study.seed, study.n_steps, study.weight_decay) == (7, 0, 100, 1.0)
     assert not study.is_published_setting and study.table().columns == ("what", "value")
+
+
+def test_a_run_is_also_its_folder(folder, study):
+    path = folder / "first" / "run"
+    assert find_grokking(path).statement == study.grokking.statement
+    assert study_grokking(str(path)).values() == study.values()
+
+
+def test_findings_name_what_the_neuron_rule_leaves_out_and_compare_losses_of_the_same_pairs(study):
+    keys = study.circuit.keys
+    named = {rule: [1, 2] for rule in keys.by_rule} | {"neurons": [1]}
+    losses = {"loss": 3.25, "training_loss": 0.125, "restricted": 0.5, "excluded": 2.5, "neuron_ablation": None}
+    circuit = replace(study.circuit, keys=replace(keys, by_rule=named), **losses)
+    text = " ".join(replace(study, circuit=circuit).findings())
+    assert "Key frequencies by the neuron rule: 1;" in text
+    assert "Most of the other rules also name 2, which the formula and the losses below leave out." in text
+    assert "On all pairs the loss is 3.25 nats and the restricted loss 0.5; on the training pairs" in text
+    assert "on the training pairs the loss is 0.125 and the excluded loss 2.5" in text
+    agreeing = replace(circuit, keys=replace(keys, by_rule=named | {"neurons": [1, 2]}))
+    assert "also name" not in " ".join(replace(study, circuit=agreeing).findings())
 
 
 def test_controls_are_trained_only_where_there_is_a_drop_to_compare(folder):
@@ -120,6 +141,16 @@ def test_composite_moduli_and_other_models_are_refused(study):
         study_grokked_model(tiny_model(d_vocab=10), hl.data.modular_arithmetic(9))
     with refused(HooklensError, "was trained on another p|it was trained on p"):
         study_grokked_model(tiny_model(d_vocab=8), hl.data.modular_arithmetic(5))
+
+
+def test_the_page_says_what_its_numbers_are_and_that_a_phase_is_empty(study):
+    empty = replace(study, phases=Phases(memorised=67, formed=67, cleaned=90))
+    assert "Circuit formation is empty" in grokking_report([empty]).to_html()
+    three = replace(study, phases=Phases(memorised=67, formed=80, cleaned=90))
+    page = grokking_report([three]).to_html()
+    assert "Circuit formation is empty" not in page
+    for name in ("smallest set within 1 %", "Gini of W_E", "largest drop of a control", "ln p (nats)"):
+        assert f"{name}: " in page, name
 
 
 def test_the_page_holds_every_seed_and_its_numbers(study, tmp_path):

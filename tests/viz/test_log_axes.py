@@ -47,6 +47,14 @@ def test_lines_may_have_their_own_places():
     assert [list(trace.x) for trace in figure.data] == [[0, 1, 2], [0, 2]]
 
 
+def test_stacked_heat_maps_have_their_colour_bars_beside_them():
+    both = panels([viz.heatmap(torch.rand(3, 3), title=name, colourbar=name) for name in "ab"])
+    spans = [(bar.y - bar.len / 2, bar.y + bar.len / 2) for bar in (trace.colorbar for trace in both.data)]
+    for span, axis in zip(spans, (both.layout.yaxis, both.layout.yaxis2), strict=True):
+        assert span == pytest.approx(axis.domain)
+    assert spans[1][1] < spans[0][0]
+
+
 def test_panels_keep_logarithmic_axes():
     both = panels([viz.lines({"a": torch.ones(3)}, log="xy"), viz.lines({"a": torch.ones(3)}, log="x")])
     assert [both.layout[axis].type for axis in ("xaxis", "yaxis", "xaxis2", "yaxis2")] == ["log", "log", "log", None]

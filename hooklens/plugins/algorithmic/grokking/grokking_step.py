@@ -1,5 +1,6 @@
 """When did a run grok? Memorisation and generalisation as steps of its accuracy curves, and "did not grok" said."""
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from hooklens.core.arguments import real
 from hooklens.core.errors import ArgumentError, InputError
 from hooklens.results.result import Result, Table
-from hooklens.training.training_run import Run
+from hooklens.training.training_run import Run, open_run
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -174,8 +175,8 @@ class GrokkingStep(Result):
         return panels([accuracy, loss])
 
 
-def find_grokking(run: Run, *, bound: float = BOUND, delay: float = DELAY) -> GrokkingStep:
-    """When did a run of `hl.train` grok? From the accuracies that it recorded.
+def find_grokking(run: Run | str | os.PathLike, *, bound: float = BOUND, delay: float = DELAY) -> GrokkingStep:
+    """When did a run of `hl.train`, or the run in a folder, grok? From the accuracies that it recorded.
 
     >>> from hooklens.data.modular import modular_arithmetic
     >>> from hooklens.testing import tiny_model
@@ -187,6 +188,7 @@ def find_grokking(run: Run, *, bound: float = BOUND, delay: float = DELAY) -> Gr
     Reference: Power et al. (2022), "Grokking: generalization beyond overfitting on small algorithmic datasets", where
     the phenomenon is described; the thresholds are ours.
     """
+    run = run if isinstance(run, Run) else open_run(run)
     steps = run.steps()
     try:
         evaluations = run.evaluations()

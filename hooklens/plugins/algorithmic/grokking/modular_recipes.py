@@ -48,6 +48,7 @@ def grokking_recipe(
     """
     check_table_size(p, fraction)
     real("weight_decay", weight_decay, 0.0)
+    whole("steps", steps, 1)
     data = {"task": "modular_arithmetic", "p": p, "fraction": fraction, "seed": seed}
     init = {"part": "normal", "std": _WIDTH**-0.5, "unembed_std": (p + 1) ** -0.5}
     training = {"steps": steps, "batch": p**2, "seed": seed, "optimizer": {"weight_decay": weight_decay}}
@@ -117,7 +118,10 @@ def check_table_size(p: int, fraction: float, *, prime: bool = True) -> None:
             *(p, below, above),
         )
     if not 0 < real("fraction", fraction) <= 1 or share_of(p**2, fraction) < 1:
-        raise ArgumentError("{fraction} is the share of all {0} pairs to train on; got {1}", p**2, fraction)
+        raise ArgumentError(
+            "{fraction} is the share of all {0} pairs to train on, above 0 and below 1 and at least one pair; got {1}",
+            *(p**2, fraction),
+        )
     if share_of(p**2, fraction) >= p**2:
         raise ArgumentError(
             "{fraction} {0} leaves no pair of {1} to test on, and a run without held-out pairs cannot be seen to grok; "
