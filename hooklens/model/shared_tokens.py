@@ -41,7 +41,9 @@ def shares_tokens(model: "HookedTransformer", tokens: Shaped[Tensor, "batch pos 
         return False
     if model.dropout.active or block.dropout.active or block.attn.dropout.active:
         return False
-    return len(tokens) >= _PAYS * cfg.d_vocab and bool((tokens[:, -1] == tokens[0, -1]).all())
+    if tokens.shape[1] > cfg.n_ctx or len(tokens) < _PAYS * cfg.d_vocab:
+        return False
+    return bool((tokens[:, -1] == tokens[0, -1]).all())
 
 
 def last_logits(model: "HookedTransformer", tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch 1 d_vocab"]:

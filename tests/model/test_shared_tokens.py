@@ -214,3 +214,10 @@ def test_a_mask_derived_from_the_causal_one_held_at_one_position_only():
     model, tokens = one_layer(11, mask=Others()), prompts(11, 5)
     assert not torch.allclose(model(tokens)[:, -1], one_layer(11)(tokens)[:, -1])
     assert torch.allclose(model(tokens)[:, -1:], model(tokens, logits_at=-1), atol=1e-6)
+
+
+def test_prompts_longer_than_the_context_ran_or_failed_inside_torch():
+    model = one_layer(11, positional_embedding_type="none")
+    tokens = prompts(11)
+    assert shares_tokens(model, tokens)
+    assert not shares_tokens(model, torch.cat([tokens[:, :2], tokens], 1))  # left to the model, which refuses them
