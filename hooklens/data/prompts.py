@@ -172,7 +172,7 @@ def same_inputs(a: Shaped[Tensor, "pair pos *d_in"], b: Shaped[Tensor, "pair pos
     return a == b if a.ndim == 2 else (a == b).all(-1)
 
 
-def row_key(row: Shaped[Tensor, "pos *d_in"]) -> tuple[float, ...]:
+def row_key(row: Shaped[Tensor, "pos *d_in"]) -> tuple[int | float, ...]:
     """A prompt as a key: the same for prompts of the same tokens or vectors."""
     return tuple(row.flatten().tolist())
 

@@ -88,7 +88,7 @@ class InContextRegression(TrainingData):
         return self.tokens(x, y)
 
     def held_out(self, size: int) -> Iterator[Batch]:
-        """512 tasks that no step draws; of a range, equally many for each number of examples, whatever the curriculum.
+        """At least 512 tasks that no step draws; of a range, equally many for each number, whatever the curriculum.
 
         A batch has one number of examples.
         """

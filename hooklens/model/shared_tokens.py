@@ -66,7 +66,8 @@ def last_logits(model: "HookedTransformer", tokens: Int[Tensor, "batch pos"]) ->
     # One row of all distinct tokens, whose one query is the token that is last in every prompt.
     ctx = Context((distinct // d_vocab)[None], chosen=places[0, -1:])
     block, stream = model.blocks[0], model.embed_input((distinct % d_vocab)[None], ctx)
-    z = _attend(block.attn, *block.attn.project(block.before_attn(stream), ctx, (None, None, None)), places)
+    q, k, v = block.attn.project(block.before_attn(stream), ctx, (None, None, None))
+    z = _attend(block.attn, q, k, v, places=places)
     query = ctx.select(stream).expand(len(tokens), -1, -1)
     return model.read_out(block.finish(query, block.attn_adds(block.attn.output(z))))
 
@@ -76,6 +77,7 @@ def _attend(
     q: Float[Tensor, "1 1 head d_head"],
     k: Float[Tensor, "1 distinct kv_head d_head"],
     v: Float[Tensor, "1 distinct kv_head d_head"],
+    *,
     places: Places,
 ) -> Float[Tensor, "batch 1 head d_head"]:
     """z of the query in every prompt, from the keys and values of that prompt's tokens."""

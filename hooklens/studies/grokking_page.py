@@ -127,7 +127,7 @@ def _parts(report: Any, study: GrokkingStudy) -> None:
     report.figure(circuit.neurons.figure())
     report.table(circuit.neurons.table(), "", circuit.neurons.terms)
     report.figure(
-        circuit.keys.figure(), "Every published rule for key frequencies, under its name; x marks those named."
+        circuit.keys.figure(), "Each rule for key frequencies, published or ours, under its name; x marks those named."
     )
     report.figure(circuit.formula.figure())
     shown: dict[str, Any] = {

@@ -277,8 +277,9 @@ def _norms(run: Run, grokking: GrokkingStep, seed: int, controls: Mapping[str, R
     if not grokking.grokked or grokking.rise_at is None or grokking.generalised_at is None:
         return None
     runs = {GROKKING: run, **controls}
-    curves = [(kind, seed, *squared_weights(other)) for kind, other in runs.items()]
-    return compare_norm_drops(curves, start=grokking.rise_at, stop=grokking.generalised_at)
+    window = grokking.rise_at, grokking.generalised_at
+    curves = [(kind, seed, *squared_weights(other, including=window)) for kind, other in runs.items()]
+    return compare_norm_drops(curves, start=window[0], stop=window[1])
 
 
 def _halfway(run: Run, data: Modular, progress: Progress | None) -> tuple[int, TableRegions | None]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.model.config import Part, part
 
-_LARGEST_RATE = 1e6  # more is a slip of the pen: one step would leave float32's digits behind
+_LARGEST_RATE = 1e12  # the bound of any number of a part (model/config.py), whose message does not name it
 _AT_ONCE = 2**19  # elements: few enough that the vectors of a piece stay in a cache, enough that calls cost little
 
 Vector = Float[Tensor, "*parameter"]

@@ -21,7 +21,7 @@ algorithmic.fourier: Circles FourierSpectrum FrequencyAblation KeyFrequencies Lo
     project_embedding random_pairs read_sum_directions restricted_logits restricted_loss run_pairs sums tabulate
     task_of transform transform_2d
 algorithmic.grokking: GrokkingStep NormDrops Phases TableRegions binomial_interval compare_norm_drops
-    control_recipes detect_grokking fast_recipe find_grokking find_phases grokking_recipe measure_regions
+    control_recipes fast_recipe find_grokking find_phases grokking_recipe measure_regions
     squared_weights
 algorithmic.icl: AttentionRegression Averaging BestStep DepthGap ExpectedError FirstKeys GDPlusPlus GradientDescent
     InputMoments KernelComparison Learner LearnerComparison LeastSquares PreconditionedStep RankCollapse
@@ -40,16 +40,17 @@ heads: Composition CopySuppression Copying Criteria HeadScores InductionHeads Kn
     PositionScores Redundancy Taxonomy score_composition score_copy_suppression score_copying score_heads
     find_induction_heads knock_out_keys measure_mediation find_name_movers score_positions measure_redundancy
     classify_heads
-lens: Calibration LogitAttribution LogitLens PredictionLens Trajectory TunedLens TunedLensTraining measure_calibration
-    direct_logit_attribution fit_tuned_lens lens_logits logit_lens prediction_lens train_tuned_lens trace_predictions tuned_lens
-patching: AblationComparison AblationSweep At AttributionPatching Choice Fixed Given InformationFlow InputAttribution
-    Mean MeanOfOthers MeanOverPositions OtherRun PatchSweep PathSweep Replacement Resample WeightRandomisation Zero
-    ablate attribution_patch compare_ablations gradient_x_input trace_information integrated_gradients patch
-    path_patch
+lens: Calibration LogitAttribution LogitLens PredictionLens Trajectory TunedLens TunedLensTraining
+    measure_calibration direct_logit_attribution fit_tuned_lens lens_logits logit_lens prediction_lens
+    train_tuned_lens trace_predictions tuned_lens
+patching: AblationComparison AblationSweep At AttributionPatching Choice Fixed Given InformationFlow
+    InputAttribution Mean MeanOfOthers MeanOverPositions OtherRun PatchSweep PathSweep Replacement Resample
+    WeightRandomisation Zero ablate attribution_patch compare_ablations gradient_x_input trace_information
+    integrated_gradients patch path_patch
 probing: PROBES TASKS Activations Calibration CausalCheck Geometry Logistic MassMean Probe ProbeKind ProbeStudy
-    ProbeTask Ridge TokenProjection Transfer ValueProbe ValueStudy WhitenedMassMean check_probe_use gather next_vowel odd_first
-    part_of_speech measure_geometry probe_texts project_tokens read_task sentiment subject_number sum_over_50
-    train_probe train_value_probe transfer_probe
+    ProbeTask Ridge TokenProjection Transfer ValueProbe ValueStudy WhitenedMassMean check_probe_use gather
+    next_vowel odd_first part_of_speech measure_geometry probe_texts project_tokens read_task sentiment
+    subject_number sum_over_50 train_probe train_value_probe transfer_probe
 steering: CoefficientSweep ContrastDirections DirectionAblation StreamEdit SweepSettings ablate_direction
     sweep_coefficients find_direction measure_direction_ablation project_out steer
 weights: NeuronTokens Overlap PrincipalAngles SingularDirections Spectra Spectrum TokenLists effective_rank

@@ -9,7 +9,7 @@ from refused import refused
 
 import hooklens as hl
 from hooklens.core.errors import HooklensError
-from hooklens.plugins.algorithmic.grokking import detect_grokking, fast_recipe, find_grokking, grokking_recipe
+from hooklens.plugins.algorithmic.grokking import GrokkingStep, fast_recipe, find_grokking, grokking_recipe
 from hooklens.plugins.algorithmic.grokking.norm_drop import GROKKING, NO_DECAY, SHUFFLED, compare_norm_drops
 from hooklens.results.result import Result
 from hooklens.studies.grokking_page import grokking_report, seeds_table, together
@@ -64,7 +64,7 @@ def test_controls_are_compared_over_the_rise_of_the_run(folder, monkeypatch):
     # Seven numbers are too few to grok: planted curves show the rest of the path.
     steps = torch.arange(0, 101, 10)
     train, held_out = ((steps >= step).float() for step in (10, 60))
-    grokking = detect_grokking(steps, train, steps, held_out)
+    grokking = GrokkingStep.of_curves(steps, train, steps, held_out)
     monkeypatch.setattr("hooklens.studies.grokking_study.find_grokking", lambda run: grokking)
     study = study_grokking(run, controls=controls)
     assert study.norms.kinds == [GROKKING, NO_DECAY, SHUFFLED]

@@ -52,7 +52,7 @@ class ProbeTask(Result):
         """The prompt number of each example; prompts with the same tokens have the same number."""
         return components([[row] for row in self.token_rows()])
 
-    def token_rows(self) -> list[tuple[float, ...]]:
+    def token_rows(self) -> list[tuple[int | float, ...]]:
         """The token ids of each example's prompt, or the numbers of its vectors."""
         rows = [row_key(row) for row in self.tokens]
         return [rows[i] for i in self.prompt.tolist()]

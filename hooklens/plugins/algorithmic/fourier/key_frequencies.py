@@ -1,4 +1,4 @@
-"""Key frequencies: which ones a model computes with, by each published rule under its name."""
+"""Key frequencies: which ones a model computes with, by several rules, published ones and ours, each under its name."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -25,36 +25,43 @@ from hooklens.results.result import Result, Table
 SIMILARITY = (
     0.005  # a representation is key above it: `determine_key_reps` in the authors' code, Chughtai et al. (2023)
 )
-SPARSITY = 0.5  # eta of the Fourier frequency sparsity, Furuta et al. (2024)
+SPARSITY = 0.5  # eta of the Fourier Frequency Sparsity, Furuta et al. (2024)
 CIRCULARITY = 0.995  # of the first four principal components, Zhong et al. (2023)
 GAP = 2.0  # ours: the smallest ratio of two neighbouring norms that separates key frequencies from others
 
 #: The rules, in the order in which `keys` prefers them.
 RULES = {
     "neurons": (
-        "Nanda et al. (2023), section 4.3: frequencies whose eight terms explain more than 85 % of the variance of at "
-        "least one neuron (score: the number of such neurons). The authors' notebook lists the frequency that explains "
-        "most of each neuron, also below 85 %"
+        "ours, after Nanda et al. (2023), section 4.3, which counts the neurons that the eight terms of one frequency "
+        "explain above 85 % of the variance: the frequencies with at least one such neuron (score: their number). "
+        "The paper reads key frequencies off W_E (section 4.1) and W_L (appendix C.2). The authors' code lists the "
+        "frequency that explains most of each neuron, also below 85 %, among 1 to p // 2 - 1"
     ),
     "logit similarity": (
         "Chughtai et al. (2023), section 5.1: frequencies for which the cosine between centred logits and "
         "cos w_k (a + b - c) is above 0.005, as in the authors' code"
     ),
     "sparsity of W_E": (
-        "Furuta et al. (2024), the frequencies that their Fourier frequency sparsity counts at eta = 0.5: the norm of "
-        "the cosine or of the sine component is above eta times the largest of all"
+        "as a key rule: ours. The Fourier Frequency Sparsity of Furuta et al. (2024), equation 5 (Fourier Frequency "
+        "Density in the later version), counts the components that are above eta = 0.5 times the largest norm, that of "
+        "all cosines for cosines and that of all sines for sines; here the frequencies with such a component. Their "
+        "components sum over the numbers 1 to p // 2, ours over all p"
     ),
     "sparsity of W_L": "the same of the neuron-to-logit map",
     "circles": (
-        "Zhong et al. (2023), circularity: the frequency of each of the first four principal components v of the "
-        "embedding, max_k 2 |sum_j v_j exp(2 pi i j k / p)|^2 / (p sum_j v_j^2), if its mean over them is at least "
-        "99.5 % (score: the largest of a component with this frequency)"
+        "as a key rule: ours. The circularity of Zhong et al. (2023), definition B.1, of a principal component v of "
+        "the embedding is max_k 2 |sum_j v_j exp(2 pi i j k / p)|^2 / (p sum_j v_j^2). They keep models with a mean "
+        "of at least 99.5 % over the first four components (here fewer if the rank is below four) as circular ones. "
+        "The key frequencies are those of the maxima (score: the largest of a component with this frequency)"
     ),
     "gap in W_E": (
         "a rule of ours for what Nanda et al. (2023) read off figure 3: the frequencies before the largest ratio of "
         "two neighbouring norms in decreasing order, if that is at least 2"
     ),
-    "gap in W_L": "the same of the neuron-to-logit map",
+    "gap in W_L": (
+        "the same of the neuron-to-logit map, of which Nanda et al. (2023), appendix C.2, take the frequencies with "
+        "nontrivial coefficients for restricted and excluded loss, without a threshold"
+    ),
 }
 
 
@@ -62,8 +69,8 @@ RULES = {
 class KeyFrequencies(Result):
     """The key frequencies by each rule that could be applied, and the score of every frequency that the rule reads.
 
-    `sources` says for each rule where it is published, with its equation. Rules that need neurons or weights are absent
-    where these are.
+    `sources` says for each rule where it is published, or after what it is ours. Rules that need neurons or weights
+    are absent where these are.
     """
 
     baselines = ("answers",)
@@ -122,7 +129,7 @@ class KeyFrequencies(Result):
 def find_key_frequencies(
     model: HookedTransformer | PairTable, data: Task | None = None, *, layer: int = -1
 ) -> KeyFrequencies:
-    """Which frequencies does the model compute with, by each published rule?
+    """Which frequencies does the model compute with, by each rule?
 
     `model` may also be the table of `run_pairs` or `tabulate`; rules that read weights are then left out.
 
@@ -134,8 +141,9 @@ def find_key_frequencies(
 
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability"; Chughtai et al.
     (2023), "A Toy Model of Universality"; Zhong et al. (2023), "The Clock and the Pizza"; Furuta et al. (2024),
-    "Interpreting Grokked Transformers in Complex Modular Arithmetic": see `sources`. Gromov (2023), "Grokking modular
-    arithmetic", gives every neuron a frequency of its own and names no key ones.
+    "Interpreting Grokked Transformers in Complex Modular Arithmetic" (later "Towards Empirical Interpretation of
+    Internal Circuits and Properties in Grokked Transformers on Modular Polynomials"): see `sources`. Gromov (2023),
+    "Grokking modular arithmetic", gives every neuron a frequency of its own and names no key ones.
     """
     table = as_table(model, data, layer=layer)
     rules = {}
@@ -166,18 +174,18 @@ def by_logit_similarity(logits: Logits, *, above: float = SIMILARITY) -> Rule:
 
 
 def by_sparsity(norms: Float[Tensor, "component"], *, eta: float = SPARSITY) -> Rule:
-    """Furuta et al. (2024): the cosine or sine component has more than `eta` of the largest norm.
+    """After Furuta et al. (2024): the cosine has more than `eta` of the largest cosine's norm, or the sine of a sine's.
 
-    >>> by_sparsity(torch.tensor([7.0, 3.0, 1.0, 0.1, 1.6, 0.2, 0.3]))[0]
+    >>> by_sparsity(torch.tensor([7.0, 3.0, 1.0, 0.1, 1.2, 0.2, 0.3]))[0]         # 1.2 is the largest sine
     [1, 2]
     """
-    waves = norms[1:] / norms[1:].max()
-    largest = torch.nn.functional.pad(waves, (0, len(waves) % 2)).view(-1, 2).amax(1)
+    waves = torch.nn.functional.pad(norms[1:], (0, (len(norms) - 1) % 2)).view(-1, 2)  # [frequency, cosine and sine]
+    largest = (waves / waves.amax(0).clamp_min(torch.finfo(norms.dtype).tiny)).amax(1)
     return _where(largest > eta), largest
 
 
 def by_circularity(rows: Float[Tensor, "p d_model"], *, least: float = CIRCULARITY) -> Rule:
-    """Zhong et al. (2023): the frequencies of the first four principal components, if they are circular."""
+    """After Zhong et al. (2023): the frequencies of the first four principal components, if they are circular."""
     p = len(rows)
     scores = torch.zeros(p // 2, dtype=torch.float64)
     left, singular, _ = torch.linalg.svd(rows.double() - rows.double().mean(0), full_matrices=False)

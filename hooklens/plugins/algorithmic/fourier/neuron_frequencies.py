@@ -20,7 +20,7 @@ from hooklens.plugins.algorithmic.fourier.pair_table import PairTable, Task, as_
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
 
-THRESHOLD = 0.85  # of a neuron's variance: Nanda et al. (2023), section 4.3
+THRESHOLD = 0.85  # of a neuron's variance: Nanda et al. (2023), section 4.3, count the neurons above it
 
 
 @dataclass(frozen=True, eq=False)

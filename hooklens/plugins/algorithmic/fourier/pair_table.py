@@ -150,7 +150,8 @@ def run_pairs(model: HookedTransformer, data: Task, *, layer: int | None = -1) -
     (torch.Size([5, 5, 5]), torch.Size([5, 5, 32]), 20)
 
     Prompts are "a b =" for a model with p + 1 tokens, "a b" for one with p tokens or a context of two. Only the logits
-    of the p numbers are kept, as in the paper: that of "=" is dropped. `layer` is that of the neurons, None for none.
+    of the p numbers are kept, as in the authors' code: that of "=" is dropped. `layer` is that of the neurons, None
+    for none.
 
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 4.
     """

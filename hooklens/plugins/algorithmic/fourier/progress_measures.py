@@ -166,7 +166,8 @@ def measure_progress(run: Run | str | os.PathLike, *, frequencies: Sequence[int]
     """How did the Fourier circuit grow during a run? Every measure at every checkpoint, from all p x p pairs.
 
     `run` is what `hl.train` returned on `hl.data.modular_arithmetic`, or its folder. `frequencies` default to the key
-    frequencies of the last checkpoint (see `find_key_frequencies`); a run without any is refused.
+    frequencies of the last checkpoint by the neuron rule (see `find_key_frequencies`); a run without any is refused.
+    The paper takes those with nontrivial coefficients in W_L (appendix C.2), for which the rule "gap in W_L" is ours.
 
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 5 and
     figure 7.

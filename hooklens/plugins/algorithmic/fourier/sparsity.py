@@ -29,8 +29,8 @@ def inverse_participation_ratio(values: Float[Tensor, "*lead entry"]) -> Float[T
     >>> inverse_participation_ratio(torch.tensor([[2.0, 2.0, 2.0, 2.0], [0.0, 0.0, 5.0, 0.0]])).tolist()
     [0.25, 1.0]
 
-    Reference: Gromov (2023), "Grokking modular arithmetic", of the Fourier transform of each neuron's weights; Doshi et
-    al. (2024), "To grok or not to grok", equation 3, with r = 2.
+    Reference: Gromov (2023), "Grokking modular arithmetic", equation 20 with r = 2; Doshi et al. (2024), "To grok or
+    not to grok", equation 3. Both take it of the Fourier transform of a neuron's weights, and average over neurons.
     """
     squares = values.square()
     return squares.square().sum(-1) / squares.sum(-1).square()

@@ -80,7 +80,7 @@ class FourierSpectrum(Result):
 
     @property
     def ipr(self) -> dict[str, float]:
-        """The inverse participation ratio of each spectrum."""
+        """The inverse participation ratio of each spectrum's norms: ours, the published ones are those of neurons."""
         return {name: float(inverse_participation_ratio(norms)) for name, norms in self.spectra.items()}
 
     def by_frequency(self) -> dict[str, Float[Tensor, "frequency"]]:

@@ -1,6 +1,6 @@
 """Grokking as seen in a run: when it happened, what the weight norm did, and where in the table it generalised."""
 
-from hooklens.plugins.algorithmic.grokking.grokking_step import GrokkingStep, detect_grokking, find_grokking
+from hooklens.plugins.algorithmic.grokking.grokking_step import GrokkingStep, find_grokking
 from hooklens.plugins.algorithmic.grokking.modular_recipes import control_recipes, fast_recipe, grokking_recipe
 from hooklens.plugins.algorithmic.grokking.norm_drop import NormDrops, compare_norm_drops, squared_weights
 from hooklens.plugins.algorithmic.grokking.phases import Phases, find_phases
@@ -14,7 +14,6 @@ __all__ = [
     "binomial_interval",
     "compare_norm_drops",
     "control_recipes",
-    "detect_grokking",
     "fast_recipe",
     "find_grokking",
     "find_phases",

@@ -34,16 +34,17 @@ def grokking_recipe(
     (1, 'relu', 1.0)
 
     `hl.train(model, data, steps=recipe.training["steps"], settings=recipe.settings())` trains it. One layer, width 128,
-    4 heads of 32, 512 ReLUs, learned positions, no layer norm, an unembedding of its own; N(0, 1/d_model) weights,
-    W_U N(0, 1/d_vocab). As in the authors' code, attention has no biases, the MLP has (from 0), and the equals sign is
-    one of the p + 1 answers. All training pairs in every step; AdamW 1e-3, weight decay 1, betas (0.9, 0.98), 10 steps
-    of warm-up (the first at a tenth of the rate, at 0 there); cross-entropy in float64 at the last position.
+    4 heads of 32, 512 ReLUs, learned positions, no layer norm, an unembedding of its own. All training pairs in every
+    step; AdamW with rate 1e-3 and weight decay 1; cross-entropy at the last position.
+
+    From the authors' code, which the paper does not describe: N(0, 1/d_model) weights, W_U N(0, 1/d_vocab); attention
+    has no biases, the MLP has (from 0), and the equals sign is one of the p + 1 answers; betas (0.9, 0.98), 10 steps of
+    warm-up (the first at a tenth of the rate, at 0 there); losses in float64.
 
     The run ends when the held-out accuracy was above 0.99 for `solved_for` steps (None: only after `steps`, as there,
-    with 40,000). `shuffled` permutes the answers: see `control_recipes`.
+    with 40,000 in the paper and 50,000 in the code). `shuffled` permutes the answers: see `control_recipes`.
 
-    Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 3 and
-    appendix A.
+    Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 3.
     """
     check_table_size(p, fraction)
     real("weight_decay", weight_decay, 0.0)

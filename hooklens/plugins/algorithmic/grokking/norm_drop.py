@@ -105,8 +105,11 @@ class NormDrops(Result):
         return self.drop[is_grokking], controls if len(controls) else torch.zeros(1)
 
 
-def squared_weights(run: Run) -> tuple[Int[Tensor, "point"], Float[Tensor, "point"]]:
+def squared_weights(run: Run, *, including: Sequence[int] = ()) -> tuple[Int[Tensor, "point"], Float[Tensor, "point"]]:
     """The sum of squared weights before steps of a run, at most 400 of them at equal ratios, with the last.
+
+    Steps to be compared, such as the ends of a window, are given as `including`: between points of the curve a sum is
+    only interpolated.
 
     >>> from hooklens.data.modular import modular_arithmetic
     >>> from hooklens.testing import tiny_model
@@ -119,7 +122,8 @@ def squared_weights(run: Run) -> tuple[Int[Tensor, "point"], Float[Tensor, "poin
     Reference: Nanda et al. (2023), section 5.2, which plots the same sum.
     """
     rows = run.steps()
-    kept = np.unique(np.round(np.geomspace(1, len(rows.steps), _POINTS)).astype(np.int64)) - 1
+    at_ratios = np.round(np.geomspace(1, len(rows.steps), _POINTS)).astype(np.int64) - 1
+    kept = np.union1d(at_ratios, np.flatnonzero(np.isin(rows.steps, np.asarray(including, dtype=np.int64))))
     squares = np.square(rows["parameter_norms"][kept].astype(np.float64)).sum(1)
     return torch.from_numpy(rows.steps[kept].astype(np.int64)), torch.from_numpy(squares)
 

@@ -52,7 +52,7 @@ class TableRegions(Result):
     @property
     def accuracy(self) -> Float[Tensor, "region"]:
         """The share of correct answers; NaN in a region without an unseen pair."""
-        return self.n_correct / self.n
+        return self.n_correct.double() / self.n
 
     @property
     def weakest(self) -> str | None:
@@ -111,8 +111,8 @@ def measure_regions(model: HookedTransformer, data: Modular) -> TableRegions:
         regions=list(named),
         n=n,
         n_correct=n_correct,
-        low=torch.tensor([low for low, _ in ends]),
-        high=torch.tensor([high for _, high in ends]),
+        low=torch.tensor([low for low, _ in ends], dtype=torch.float64),
+        high=torch.tensor([high for _, high in ends], dtype=torch.float64),
         trained=trained,
         correct=correct,
     )

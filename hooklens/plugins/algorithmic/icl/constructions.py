@@ -19,7 +19,7 @@ Step = tuple[Tensor, float, float]  # the matrix between query and key, rate and
 class FirstKeys(MaskPart):
     """Every query attends to the first `n_points` tokens: the examples see each other, and nothing sees the query.
 
-    A saved model with this mask loads once this module is imported. Reference: Ahn et al. (2023), equation 3 (M).
+    A saved model with this mask loads once this module is imported. Reference: Ahn et al. (2023), the mask M.
     """
 
     name = "first_keys"

@@ -17,6 +17,7 @@ from hooklens.plugins.algorithmic.icl.best_steps import (
     best_gd_plus_plus,
     best_step_schedules,
     spectral_errors,
+    with_larger,
 )
 from hooklens.plugins.algorithmic.icl.input_moments import draw_spectra, moments_of
 from hooklens.plugins.algorithmic.icl.learners import (
@@ -181,8 +182,9 @@ def measure_depth_gap(
     """How far are the best 1, 2, ... steps of gradient descent and GD++ from least squares?
 
     Rates are searched on `draws` data sets, the number of steps up to the depth is chosen on others, and the errors are
-    those on a third set. A search with few draws fits the largest eigenvalue that it saw: many steps diverge above it,
-    and fewer are then chosen, since a layer may also do nothing.
+    those on a third set. A search with few draws fits the largest eigenvalue that it saw (of those, a few are enlarged
+    in the search and the choice): many steps diverge above it, and fewer are then chosen, since a layer may also do
+    nothing. So the errors are upper bounds of the best ones.
 
     >>> import hooklens as hl
     >>> gap = measure_depth_gap(hl.data.in_context_regression(d=3, n_points=6), (1, 2), draws=200)
@@ -196,6 +198,7 @@ def measure_depth_gap(
 
     drawn: dict[str, Any] = {"draws": draws, "seed": seed}
     chosen_on, measured_on = (draw_spectra(data, k, draws=max(draws, _ERROR_DRAWS), seed=seed + n) for n in (1, 2))
+    chosen_on = with_larger(chosen_on)
 
     def errors(learner: Learner, spectra: Float[Tensor, "draw d"]) -> Float[Tensor, "draw"]:
         return spectral_errors(learner.gain(spectra, k), spectra, data, k)

@@ -82,7 +82,7 @@ def kernel_weights(
     >>> torch.allclose(kernel_weights(query, keys, 2.0), torch.softmax(query @ keys.T / 2.0, -1))
     True
 
-    References: Nadaraya (1964); Watson (1964); Tsai et al. (2019), "Transformer Dissection", section 3.
+    References: Nadaraya (1964); Watson (1964); Tsai et al. (2019), "Transformer Dissection".
     """
     if real("variance", variance) <= 0:
         raise InputError(f"a kernel has a variance above 0, got {variance}")
@@ -146,7 +146,7 @@ def _distances(
     preference = k.square().sum(-1) / (2 * scale)
     lifted = kernel * (preference - preference.amax(-1, keepdim=True)).exp()[..., None, :]
     lifted = lifted / lifted.sum(-1, keepdim=True)
-    equal = (seen / seen.sum(-1, keepdim=True)).to(pattern)
+    equal = seen.to(pattern) / seen.sum(-1, keepdim=True)
     several = seen.sum(-1) > 1
     several = several if bool(several.any()) else torch.ones_like(several)
     away = [(pattern - other).abs().sum(-1)[..., several].mean((0, 2)) / 2 for other in (kernel, lifted, equal)]

@@ -137,7 +137,8 @@ def compare_learners(
     >>> compared.table(1).rows[0][0], round(float(compared.cosine[0]), 4)
     ('one step of gradient descent', 1.0)
 
-    Reference: von Oswald et al. (2023), section 3, "Comparing the trained Transformer and GD".
+    Reference: von Oswald et al. (2023), section 3, "One-step of gradient descent vs. a single trained self-attention
+    layer".
     """
     asked = need_learners(learners)
     if not asked:

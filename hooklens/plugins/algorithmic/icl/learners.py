@@ -73,7 +73,7 @@ class Zero(Learner):
 
 @dataclass(frozen=True)
 class Averaging(Learner):
-    """w = mean of x_i y_i, over the variance of the inputs (Garg et al. 2022, section 3: variance 1)."""
+    """w = mean of x_i y_i, over the variance of the inputs (Garg et al. 2022, `AveragingModel`: variance 1)."""
 
     variance: float = 1.0
     title = "averaging"
@@ -93,7 +93,8 @@ class GradientDescent(Learner):
     >>> GradientDescent((0.5, 0.5)).weights(points, answers)       # 3/2, then half of what is left
     tensor([[2.2500]])
 
-    Reference: von Oswald et al. (2023), "Transformers learn in-context by gradient descent", equation 2.
+    Reference: von Oswald et al. (2023), "Transformers learn in-context by gradient descent", equations 2
+    (the loss, over 2 k: `mean`) and 3 (the step).
     """
 
     rates: Numbers
@@ -127,7 +128,9 @@ class GDPlusPlus(Learner):
 
     Sums over the points are divided by k if `mean`. With gammas of 0 it equals `GradientDescent`.
 
-    Reference: von Oswald et al. (2023), section 4 and appendix A.10 (the sums are not divided there).
+    Reference: von Oswald et al. (2023), section 3, "Multiple steps of gradient descent vs. multiple layers of
+    self-attention", and appendix A.10. There the rate alone is divided by k, and X^T X is not: with its eta and gamma
+    the learner is GDPlusPlus(eta, k * gamma), or GDPlusPlus(eta / k, gamma, mean=False).
     """
 
     rates: Numbers

@@ -18,7 +18,7 @@ from hooklens.results.result import Result, Table
 
 Matrices = Float[Tensor, "*matrix pos d_model"]
 
-#: Which parts run: with the residual connections, and with the MLPs.
+#: Which parts run: the residual connection of attention, and the MLP with its own. Without both, attention alone.
 VARIANTS = {
     "attention": (False, False),
     "attention + MLP": (False, True),
@@ -61,7 +61,7 @@ def residual_to_rank_one(x: Matrices) -> Matrices:
     tensor([[-1.,  0.],
             [ 1.,  0.]])
 
-    Reference: Dong et al. (2021), section 2.1; their norm in the minimum is left open, and this is the Frobenius norm.
+    Reference: Dong et al. (2021), who define it by a minimum of a norm; here that is the Frobenius norm.
     """
     return x - x.mean(-2, keepdim=True)
 
@@ -72,7 +72,7 @@ def composite_norm(x: Matrices) -> Float[Tensor, "*matrix"]:
     >>> composite_norm(torch.tensor([[3.0, -1.0], [1.0, 0.0]]))
     tensor(4.)
 
-    It is not a norm: the triangle inequality can fail. Reference: Dong et al. (2021), section 2.1.
+    It is not a norm: the triangle inequality can fail. Reference: Dong et al. (2021).
     """
     return (x.abs().sum(-2).amax(-1) * x.abs().sum(-1).amax(-1)).sqrt()
 
@@ -89,7 +89,7 @@ def collapse_bound(
     >>> [round(collapse_bound(0.5, 0.5, 4, depth), 6) for depth in (0, 1, 2)]
     [0.5, 0.125, 0.001953]
 
-    Reference: Dong et al. (2021), theorems 2.2 and 2.3.
+    Reference: Dong et al. (2021), the theorems on one head and on several heads.
     """
     power = 3.0 ** whole("depth", depth)
     base = 4 * real("gamma", gamma, 0.0) * real("beta", beta, 0.0) * whole("n_heads", n_heads, 1)
@@ -102,10 +102,11 @@ def collapse_bound(
 
 
 def measure_rank_collapse(model: HookedTransformer, tokens: Shaped[Tensor, "batch pos *d_in"]) -> RankCollapse:
-    """How much do positions still differ after each layer, without residual connections, without MLPs, and with them?
+    """How much do positions still differ after each layer, without attention's residual connection, MLPs, or both?
 
-    The parts are switched off by hooks: without the residual connection `resid_mid` is `attn_out` and `resid_post` is
-    `mlp_out`; without MLPs `resid_post` is `resid_mid`. Norms stay where the model has them.
+    The parts are switched off by hooks: without the residual connection `resid_mid` is `attn_out`; without MLPs
+    `resid_post` is `resid_mid`. An MLP that runs keeps its own residual connection. Norms stay where the model has
+    them.
 
     >>> from hooklens.testing import tiny_model
     >>> collapse = measure_rank_collapse(tiny_model(n_layers=4), torch.arange(8)[None])
@@ -113,7 +114,9 @@ def measure_rank_collapse(model: HookedTransformer, tokens: Shaped[Tensor, "batc
     True
 
     With a causal mask the first position sees itself alone and collapse is slower than the theorem's, which has no
-    mask. Reference: Dong et al. (2021), section 4.1 and figure 2.
+    mask. Reference: Dong et al. (2021), section 4.1 and figure 2. As in the authors' code for BERT and XLNet, only
+    attention loses its residual connection, and an MLP that is left out becomes the identity with its own. In blocks
+    with both side by side there is one connection, and "attention + MLP" is their sum.
     """
     need_hooked(model, "rank collapse")
     model.blocks[0].need_steps("rank collapse")
@@ -150,10 +153,7 @@ def _streams(
 
     def after_block(act: Tensor, hook: Any) -> Tensor:
         mid = written["mid"] if serial else after_attention(act, hook)
-        if mlp and serial and not residual:
-            new = written["mlp_out"]  # mlp(attn(x)); side by side, the two are added
-        else:
-            new = mid + written["mlp_out"] if mlp else mid
+        new = mid + written["mlp_out"] if mlp else mid
         streams.append(new)
         return new
 

@@ -34,7 +34,8 @@ _TASKS = 512  # prompts of each shift
 class ShiftErrors(Result):
     """Mean squared errors on shifted prompts, divided by that of the answer 0 there (`zero`).
 
-    `unavoidable` is the least error that any answer can have that is computed from what the model is shown.
+    No answer that is computed from what the model is shown has an expected error below `unavoidable`. With few examples
+    the least possible error lies above it.
     """
 
     terms = {
@@ -93,8 +94,8 @@ def measure_shifts(
     >>> torch.allclose(errors.model_errors, errors.learner_errors[0], atol=1e-5)
     True
 
-    Reference: von Oswald et al. (2023), section 3, "Generalization to out-of-distribution tasks" (scales); Garg et al.
-    (2022), section 4 (longer prompts, skewed and other inputs).
+    Reference: von Oswald et al. (2023), section 3, "Out-of-distribution validation tasks", and appendix A.2 (scales);
+    Garg et al. (2022), section 4 (inputs of other scales, in a subspace, skewed, and others). Longer prompts are ours.
     """
     need_task(data)
     asked = need_learners(learners)
@@ -169,14 +170,6 @@ def _errors(
     with torch.no_grad():
         answers = [predict(model, prompts).to(prompts.target), *(learner.predict(prompts) for learner in learners)]
         return torch.stack([*answers, torch.zeros_like(prompts.target)]).sub(prompts.target).square().mean(1)
-
-
-def _hidden(data: InContextRegression, shift: str) -> float:
-    """The variance of answers due to coordinates that are not shown."""
-    number, _, kind = shift.partition(" ")
-    if not kind.startswith("dimension"):
-        return 0.0
-    return float(moments_of(data).covariance[0, 0]) * max(int(number) - data.d, 0)
 
 
 def demo(model: HookedTransformer) -> ShiftErrors | Needs:

@@ -31,6 +31,7 @@ from hooklens.plugins.algorithmic.fourier import (
     sums,
     tabulate,
 )
+from hooklens.plugins.algorithmic.fourier.key_frequencies import by_sparsity
 from hooklens.plugins.algorithmic.fourier.logit_formula import mean_by_offset
 
 EPS = torch.finfo(torch.float64).eps
@@ -241,6 +242,18 @@ def test_sparsity_by_hand():
     assert abs(gini(values) - differences) < 1e-12  # the mean absolute difference form of the same coefficient
     assert abs(inverse_participation_ratio(values) - (values**4).sum() / (values**2).sum() ** 2) < 1e-12
     assert gini(7 * values) == gini(values) and gini(torch.zeros(3)).isnan()
+
+
+def test_cosines_and_sines_have_a_largest_norm_each():
+    """Furuta et al., equation 5: with one maximum for both, frequency 3 (sine 0.9 of 1.0) would not be counted."""
+    cosines, sines = torch.tensor([4.0, 1.9, 0.1, 2.1]), torch.tensor([1.0, 0.1, 0.9, 0.2])
+    norms = torch.cat([torch.tensor([99.0]), torch.stack([cosines, sines], 1).flatten()])
+    keys, scores = by_sparsity(norms)
+    assert keys == [1, 3, 4]
+    assert torch.equal(scores, torch.maximum(cosines / 4, sines / 1))
+    assert by_sparsity(norms, eta=0.4)[0] == [1, 2, 3, 4]
+    assert by_sparsity(norms[:-1])[0] == [1, 3, 4]  # an even modulus has no sine of frequency p / 2
+    assert by_sparsity(torch.tensor([5.0, 2.0, 0.0]))[0] == [1]  # no sines at all
 
 
 @settings(max_examples=25, deadline=None)

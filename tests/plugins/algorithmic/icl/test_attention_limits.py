@@ -52,6 +52,10 @@ def test_every_softmax_head_is_the_kernel_with_norms(name):
     model = zoo_model(name, dtype=torch.float64)
     found = compare_with_kernel(model, TOKENS)
     assert found.with_norms.max() < 1e-12 and (found.norm_spread > 1e-3).all()
+    pattern = model.run_with_cache(TOKENS, names=["pattern"])[1]["pattern", 0][:, 0].detach()
+    equal = torch.tril(torch.ones(6, 6, dtype=torch.float64)) / torch.arange(1, 7)[:, None]
+    distance = (pattern - equal).abs().sum(-1)[:, 1:].mean() / 2  # the first query sees itself alone
+    assert abs(float(distance - found.uniform[0, 0])) < 1e-12
     assert (found.kernel > 1e-6).all() and found.top(1).rows[0][1] == pytest.approx(float(found.kernel.max()))
 
 
@@ -167,7 +171,7 @@ def test_each_variant_is_the_pass_written_out_by_hand(kind):
     by_hand = {
         "attention": attn,
         "attention + residual": x + attn,
-        "attention + MLP": block.mlp(block.ln2(attn)),
+        "attention + MLP": attn + block.mlp(block.ln2(attn)),  # the MLP keeps its own residual connection
         "attention + residual + MLP": x + attn + block.mlp(block.ln2(x + attn)),
     }
     for name, stream in (by_hand | side if kind == "parallel" else by_hand).items():
