@@ -143,8 +143,8 @@ def modular_arithmetic(
     """
     whole("p", p, 2)
     seed_number(seed)
-    if operation not in SIGNS:
-        raise did_you_mean("operation", operation, SIGNS)
+    if operation not in list(SIGNS):  # a list compares what has no hash
+        raise did_you_mean("operation", str(operation), SIGNS)
     if not isinstance(shuffled, bool):
         raise ArgumentError("{shuffled} is True or False, got {0}", f"{shuffled!r:.60}")
     return Modular(p, operation, check_fraction(fraction, p**2), seed, shuffled)

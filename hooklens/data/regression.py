@@ -192,8 +192,8 @@ def in_context_regression(
             "examples in every context",
             numbers,
         )
-    if inputs not in _INPUTS:
-        raise did_you_mean("distribution of inputs", inputs, _INPUTS)
+    if inputs not in list(_INPUTS):
+        raise did_you_mean("distribution of inputs", str(inputs), _INPUTS)
     seed_number(seed)
     noise = real("noise", noise, 0.0)
     return InContextRegression(d, numbers, inputs, noise, interleaved, seed=seed, curriculum=int(curriculum))

@@ -190,9 +190,9 @@ class Context:
     def _make_view(self, mask: MaskPart) -> View:
         n_new = self.positions.shape[-1]
         if self.key_seen is None:
-            if isinstance(mask, NoMask):
+            if type(mask) is NoMask:
                 return View(None)
-            if self.chosen is None and isinstance(mask, Causal) and (n_new == 1 or self.offset == 0):
+            if self.chosen is None and type(mask) is Causal and (n_new == 1 or self.offset == 0):
                 return View(None, causal=n_new > 1)
             keys = torch.arange(self.offset + n_new, device=self.positions.device)[None]
         else:  # padding is not counted, or a window would cover fewer tokens; before the first token it is -1

@@ -26,7 +26,7 @@ Places = Int[Tensor, "batch pos"]
 
 
 def shares_tokens(model: "HookedTransformer", tokens: Shaped[Tensor, "batch pos *d_in"]) -> bool:
-    """Whether `last_logits` computes the logits of these prompts, and saves work.
+    """Whether `last_logits` computes the logits of these prompts, and saves work, for a model that runs as defined.
 
     >>> from hooklens.testing import tiny_model
     >>> prompts = torch.tensor([[0, 1, 2]]).expand(20, -1)
@@ -36,10 +36,14 @@ def shares_tokens(model: "HookedTransformer", tokens: Shaped[Tensor, "batch pos 
     cfg = model.cfg
     if cfg.n_layers != 1 or not isinstance(cfg.embed, TokenEmbed) or model.dtype not in (torch.float32, torch.float64):
         return False
-    attn = model.blocks[0].attn
-    if not isinstance(attn.mask, Causal | NoMask) or not model.blocks[0].in_steps or model.dropout.active:
+    block = model.blocks[0]
+    if type(block.attn.mask) not in (Causal, NoMask) or not block.in_steps:  # a mask from outside may hide keys
         return False
-    return len(tokens) >= _PAYS * cfg.d_vocab and bool((tokens[:, -1] == tokens[0, -1]).all())
+    if model.dropout.active or block.dropout.active or block.attn.dropout.active:
+        return False
+    if tokens.shape[1] > cfg.n_ctx or len(tokens) < _PAYS * cfg.d_vocab:
+        return False
+    return bool((tokens[:, -1] == tokens[0, -1]).all())
 
 
 def last_logits(model: "HookedTransformer", tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch 1 d_vocab"]:

@@ -537,6 +537,21 @@ def methods_replaced(modules: Iterable[nn.Module]) -> bool:
     return any(callable(getattr(cls, name, None)) for cls, name in own)
 
 
+def runs_as_defined(model: HookedTransformer) -> bool:
+    """Whether all modules are of classes of hooklens, no method was replaced, and no hook is on all modules of torch.
+
+    >>> from hooklens.testing import tiny_model
+    >>> model = tiny_model()
+    >>> before = runs_as_defined(model)
+    >>> model.blocks[0].attn.q = nn.Sequential(model.blocks[0].attn.q)
+    >>> before, runs_as_defined(model)
+    (True, False)
+    """
+    modules = list(model.modules())
+    are_known = all(type(module) in _DEFINED or type(module) is nn.ModuleList for module in modules)
+    return are_known and not methods_replaced(modules) and not nn.modules.module._has_any_global_hook()
+
+
 def initialise(model: HookedTransformer, seed: int) -> None:
     """Draw the initial weights from a separate generator: N(0, std^2) weights, zero biases, unit norms."""
     cfg = model.cfg

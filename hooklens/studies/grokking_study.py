@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, WrongType
 from hooklens.data.modular import Modular, modular_arithmetic
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.algorithmic.fourier.circles import Circles, project_embedding
@@ -229,6 +229,8 @@ def study_grokked_model(model: HookedTransformer, data: Modular) -> GrokkingStud
     >>> study.circuit.frequencies, study.grokking is None
     ([], True)
     """
+    if not isinstance(data, Modular):
+        raise WrongType(f"data is hl.data.modular_arithmetic(...), with the pairs of training; got {data!r:.60}")
     check_table_size(data.p, data.fraction)
     return GrokkingStudy(
         modulus=data.p,

@@ -111,7 +111,7 @@ class PackedContext(Context):
     def _view(self, mask: MaskPart, group: Group) -> View:
         keys = torch.arange(self.n_pos, device=group.x.device)
         if self.read is None:
-            if group.start == 0 and isinstance(mask, Causal):
+            if group.start == 0 and type(mask) is Causal:
                 return View(None, causal=True)
             return View(mask.allows(keys[group.start :, None], keys)[None, None])
         queries = self.read[group.pair].clamp_min(group.start)

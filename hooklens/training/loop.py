@@ -26,7 +26,7 @@ from hooklens.data.batches import Batch, TrainingData, drawn_for
 from hooklens.model.dropout import dropout_masks
 from hooklens.model.linear import GradientVector, faster_gradients_pay, gradients_into
 from hooklens.model.shared_tokens import last_logits, shares_tokens
-from hooklens.model.transformer import methods_replaced
+from hooklens.model.transformer import runs_as_defined
 from hooklens.pretrained.checkpoint import save
 from hooklens.training.divergence import Diverged, LossWatch, divergence_message
 from hooklens.training.losses import correct
@@ -126,7 +126,7 @@ def _run(
             advance(1, f"loss {loss:.4g}")
             if after_step is not None:
                 after_step(training.step, loss)
-                training.check_parameters()
+                training.look_again()
             over, stopped = training.group.any(training.is_over(), interrupted())
         if over:
             training.keep_checkpoint()  # the last model of a run that stops early
@@ -162,7 +162,7 @@ class _Training:
         self.flushed = time.monotonic()
         self.save_at = self.flushed + _SAVE_EVERY
         keep_freed_pages()  # every step frees and needs again the memory of its activations and gradients
-        self.as_defined = not methods_replaced(model.modules())
+        self.as_defined = runs_as_defined(model)
         self.digest = ""  # of what the run is, without its number of steps
         self.rows: dict[str, int] = {}  # in each file of the record, when the state was written
 
@@ -397,8 +397,9 @@ class _Training:
         if now > self.save_at:
             self.save_state()
 
-    def check_parameters(self) -> None:
-        """Raise if the caller gave a parameter other memory: it would stay as it is, and the run would not notice."""
+    def look_again(self) -> None:
+        """See what the caller changed. Raise if a parameter has other memory: training would not reach it."""
+        self.as_defined = runs_as_defined(self.model)
         name = self.vector.replaced()
         if name is not None:
             raise InputError(

@@ -79,7 +79,8 @@ def hooked_names(model: HookedTransformer) -> list[str]:
     def is_hooked(module: nn.Module) -> bool:
         if isinstance(module, HookPoint) and module.listening():
             return True
-        return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        forward = module._forward_hooks or module._forward_pre_hooks
+        return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
     return [name for name, module in model.named_modules() if is_hooked(module)]
 

@@ -1,14 +1,19 @@
 """The pass that computes equal tokens once gives the logits and gradients of the model's own pass."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 import hooklens as hl
 from hooklens.core.errors import HooklensError
+from hooklens.model.attention import Attention
+from hooklens.model.config import Causal
 from hooklens.model.shared_tokens import last_logits, shares_tokens
 from hooklens.testing import tiny_model
 from hooklens.training import AdamW, Constant, CrossEntropy, Settings
 
+DATA = hl.data.modular_arithmetic(7, fraction=0.6)
 EPS = torch.finfo(torch.float32).eps
 KINDS = {
     "plain": {"normalization_type": None},
@@ -86,6 +91,20 @@ def test_a_token_outside_the_vocabulary_is_refused_as_in_the_hooked_pass():
         last_logits(model, tokens)
 
 
+@dataclass(frozen=True)
+class Others(Causal):
+    name = "others of the tests of equal tokens"
+
+    def allows(self, query_pos, key_pos):
+        return key_pos < query_pos.clamp_min(1)
+
+
+def dropped_in_a_block() -> hl.HookedTransformer:
+    model = one_layer(11)
+    model.blocks[0].dropout.p = 0.5
+    return model.train()
+
+
 @pytest.mark.parametrize(
     "model",
     [
@@ -93,8 +112,10 @@ def test_a_token_outside_the_vocabulary_is_refused_as_in_the_hooked_pass():
         one_layer(11, mask={"part": "sliding_window", "window": 2}),
         one_layer(11).to(torch.bfloat16),
         one_layer(11, dropout=0.1).train(),
+        dropped_in_a_block(),
+        one_layer(11, mask=Others()),
     ],
-    ids=["two layers", "window", "bfloat16", "dropout"],
+    ids=["two layers", "window", "bfloat16", "dropout", "dropout of a block", "mask from outside"],
 )
 def test_models_whose_logits_it_does_not_compute(model):
     assert not shares_tokens(model, prompts(11))
@@ -124,3 +145,79 @@ def test_after_100_steps_in_float64_the_loss_is_that_of_the_loop_with_a_hook_to_
     for run in runs:
         assert run.accuracy[-1] > run.accuracy[0] and run.held_out_accuracy.shape == (5,)
     assert (runs[0].held_out_accuracy == runs[1].held_out_accuracy).all()
+
+
+class Tripled(hl.HookedTransformer):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs) * 3
+
+
+class TripledAttention(Attention):
+    def mix(self, *args):
+        return super().mix(*args) * 3
+
+
+def of_a_subclass(model):
+    model.__class__ = Tripled
+
+
+def with_attention_of_a_subclass(model):
+    model.blocks[0].attn.__class__ = TripledAttention
+
+
+def with_a_hook_before_the_backward_pass(model):
+    model.blocks[0].attn.register_full_backward_pre_hook(lambda module, grads: tuple(grad * 0 for grad in grads))
+
+
+def with_a_replaced_method(model):
+    before = model.blocks[0].attn.forward
+    model.blocks[0].attn.forward = lambda *args: before(*args) * 3
+
+
+CHANGES = [
+    *(of_a_subclass, with_attention_of_a_subclass),
+    *(with_a_hook_before_the_backward_pass, with_a_replaced_method),
+]
+
+
+def losses_of_training(change, *, after: int, shares: bool) -> list[float]:
+    """The losses of four steps of a model that is changed after so many; an open hook rules sharing out."""
+    model, losses = one_layer(7), []
+    if not after:
+        change(model)
+
+    def note(step: int, loss: float) -> None:
+        losses.append(loss)
+        if step == after:
+            change(model)
+
+    with model.hooks([] if shares else [("hook_embed", lambda act, hook: None)]):
+        hl.train(model, DATA, steps=4, settings=Settings(batch=200, evaluate=1, checkpoints=1), after_step=note)
+    return losses
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_model_that_does_not_run_as_defined_trained_as_if_it_did(change, after):
+    ours, theirs = (losses_of_training(change, after=after, shares=shares) for shares in (True, False))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_hook_on_every_module_of_torch_saw_no_attention_in_training():
+    seen = []
+    with torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module))):
+        hl.train(one_layer(7), DATA, steps=1, settings=Settings(batch=200, evaluate=1, checkpoints=1))
+    assert Attention in seen
+
+
+def test_a_mask_derived_from_the_causal_one_held_at_one_position_only():
+    model, tokens = one_layer(11, mask=Others()), prompts(11, 5)
+    assert not torch.allclose(model(tokens)[:, -1], one_layer(11)(tokens)[:, -1])
+    assert torch.allclose(model(tokens)[:, -1:], model(tokens, logits_at=-1), atol=1e-6)
+
+
+def test_prompts_longer_than_the_context_ran_or_failed_inside_torch():
+    model = one_layer(11, positional_embedding_type="none")
+    tokens = prompts(11)
+    assert shares_tokens(model, tokens)
+    assert not shares_tokens(model, torch.cat([tokens[:, :2], tokens], 1))  # left to the model, which refuses them

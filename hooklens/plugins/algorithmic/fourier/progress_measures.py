@@ -17,7 +17,7 @@ from hooklens.plugins.algorithmic.fourier.basis import checked_frequencies, keep
 from hooklens.plugins.algorithmic.fourier.demo_task import demo_modulus
 from hooklens.plugins.algorithmic.fourier.key_frequencies import find_key_frequencies
 from hooklens.plugins.algorithmic.fourier.logit_formula import Logits, formula_coefficients
-from hooklens.plugins.algorithmic.fourier.pair_table import Task, cross_entropy, run_pairs
+from hooklens.plugins.algorithmic.fourier.pair_table import Task, cross_entropy, run_pairs, tabulate
 from hooklens.plugins.algorithmic.fourier.weight_spectra import measure_fourier_spectrum
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
@@ -53,10 +53,11 @@ def restricted_loss(logits: Logits, frequencies: Iterable[int]) -> float:
 
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 5.1.
     """
+    logits = tabulate(logits).logits
     p = len(logits)
-    by_sum = mean_by_sum(logits.double())
+    by_sum = mean_by_sum(logits)
     kept = by_sum.mean(0) + keep_frequencies(by_sum, checked_frequencies(frequencies, p))
-    return float(torch.nn.functional.cross_entropy(kept, torch.arange(p, device=kept.device)))
+    return float(torch.nn.functional.cross_entropy(kept, torch.arange(p)))
 
 
 def excluded_loss(logits: Logits, frequencies: Iterable[int], trained: Bool[Tensor, "a b"]) -> float:
@@ -71,13 +72,14 @@ def excluded_loss(logits: Logits, frequencies: Iterable[int], trained: Bool[Tens
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 5.1: only
     the cosines and sines of w_k (a + b) of the key frequencies are removed, on the training data.
     """
+    logits = tabulate(logits, trained=trained).logits
     if trained.shape != logits.shape[:2] or not bool(trained.any()):
         raise InputError(
             f"the excluded loss is that of training pairs, a mask [a b] with at least one of them, got shape "
             f"{list(trained.shape)} with {int(trained.sum())}"
         )
     losses = cross_entropy(excluded_logits(logits, checked_frequencies(frequencies, len(logits))))
-    return float(losses[trained.to(losses.device)].mean())
+    return float(losses[trained.cpu()].mean())
 
 
 def _sum_terms(logits: Logits, frequencies: Iterable[int]) -> Logits:

@@ -28,6 +28,7 @@ from hooklens.plugins.algorithmic.icl.learners import (
     PreconditionedStep,
     Ridge,
     Zero,
+    need_learners,
 )
 from hooklens.plugins.algorithmic.icl.regression_prompts import asked_length
 from hooklens.results.result import Result, Table
@@ -69,6 +70,7 @@ def expected_error(
     Reference: Hastie et al. (2022), "Surprises in high-dimensional ridgeless least squares interpolation", section 3
     (least squares, here at finite n: inverse Wishart means).
     """
+    need_learners(learner)
     k = asked_length(data, n_points)
     exact = _exact(learner, data, k)
     if exact is not None:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.arguments import seeded, whole
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, WrongType
 from hooklens.data.regression import InContextRegression
 
 Matrix = Float[Tensor, "d d"]
@@ -63,11 +63,25 @@ def normal_moments(covariance: Matrix) -> InputMoments:
     if not square or not torch.allclose(covariance, covariance.mT):
         raise InputError(f"a covariance is a symmetric matrix [d d], got one of shape {list(covariance.shape)}")
     wide = covariance.double()
+    if bool(torch.linalg.eigvalsh(wide)[0] < -1e-6 * wide.abs().max()):
+        raise InputError("a covariance has no negative eigenvalue, and this matrix has one")
     return InputMoments(wide, 2 * wide @ wide + wide.trace() * wide)
+
+
+def need_task(data: InContextRegression) -> None:
+    """Raise for anything except generated regression.
+
+    >>> need_task(7)
+    Traceback (most recent call last):
+    hooklens.core.errors.WrongType: data is hl.data.in_context_regression(...), got 7
+    """
+    if not isinstance(data, InContextRegression):
+        raise WrongType(f"data is hl.data.in_context_regression(...), got {data!r:.80}")
 
 
 def moments_of(data: InContextRegression) -> InputMoments:
     """The moments of a task's inputs."""
+    need_task(data)
     if data.inputs == "uniform":
         return uniform_moments(data.d)
     return normal_moments(torch.eye(data.d, dtype=torch.float64))
@@ -75,6 +89,7 @@ def moments_of(data: InContextRegression) -> InputMoments:
 
 def draw_spectra(data: InContextRegression, k: int, *, draws: int = 2000, seed: int = 0) -> Float[Tensor, "draw d"]:
     """Eigenvalues of S = X^T X / k for random prompts of k points, ascending, in float64."""
+    need_task(data)
     generator = seeded(seed)
     shape = (whole("draws", draws, 2), whole("k", k, 1), data.d)
     if data.inputs == "uniform":

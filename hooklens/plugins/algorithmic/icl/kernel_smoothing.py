@@ -13,7 +13,7 @@ from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_texts
 from hooklens.model.config import Softmax, VectorEmbed
 from hooklens.model.transformer import HookedTransformer, need_hooked
-from hooklens.plugins.algorithmic.icl.scored_vectors import read_scored_vectors
+from hooklens.plugins.algorithmic.icl.scored_vectors import in_dtype_of, read_scored_vectors
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
 
@@ -118,6 +118,7 @@ def compare_with_kernel(model: HookedTransformer, tokens: Shaped[Tensor, "batch 
     need_hooked(model, "a comparison with a kernel")
     if problem := _unlike_softmax(model):
         raise InputError(f"kernel weights are compared with softmax(q k / scale); this model has {problem}")
+    tokens = in_dtype_of(model, tokens)
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens, names=["pattern"])
     rows = []

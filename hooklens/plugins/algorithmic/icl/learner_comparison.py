@@ -15,7 +15,7 @@ from hooklens.model.config import VectorEmbed
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.algorithmic.icl.best_steps import best_step
 from hooklens.plugins.algorithmic.icl.input_moments import moments_of
-from hooklens.plugins.algorithmic.icl.learners import Learner, LeastSquares, Zero
+from hooklens.plugins.algorithmic.icl.learners import Learner, LeastSquares, Zero, need_learners
 from hooklens.plugins.algorithmic.icl.regression_prompts import (
     PerTask,
     Queries,
@@ -140,7 +140,7 @@ def compare_learners(
     Reference: von Oswald et al. (2023), section 3, "One-step of gradient descent vs. a single trained self-attention
     layer".
     """
-    asked = [learners] if isinstance(learners, Learner) else list(learners)
+    asked = need_learners(learners)
     if not asked:
         raise InputError("compare_learners needs at least one learner; got none")
     need_regression(model, prompts)
@@ -161,6 +161,7 @@ def compare_learners(
 
 def sensitivity_of(model: HookedTransformer, prompts: RegressionPrompts) -> tuple[PerTask, Queries]:
     """The model's answers, and their gradients by the query."""
+    need_regression(model, prompts)
     with torch.enable_grad():
         query = prompts.query.to(model.W_U).detach().clone().requires_grad_()
         answers = predict(model, replace(prompts.to(model.W_U), query=query))

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.arguments import real, several
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, WrongType
 from hooklens.plugins.algorithmic.icl.regression_prompts import Answers, PerTask, Points, Queries, RegressionPrompts
 
 Eigenvalues = Float[Tensor, "*draw d"]
@@ -42,6 +42,20 @@ class Learner:
     def predict(self, prompts: RegressionPrompts) -> PerTask:
         """The answers at the queries."""
         return (self.weights(prompts.points, prompts.answers) * prompts.query).sum(-1)
+
+
+def need_learners(learners: Any) -> list[Learner]:
+    """The learners of a list, or the one that is given alone; anything else raises.
+
+    >>> need_learners(LeastSquares())
+    [LeastSquares()]
+    """
+    given = list(learners) if isinstance(learners, list | tuple) else [learners]
+    for learner in given:
+        if not isinstance(learner, Learner):
+            seen = type(learner).__name__ + "; give its learner()" * hasattr(learner, "learner")
+            raise WrongType(f"learners are those of hl.icl, such as LeastSquares(); got {seen}")
+    return given
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_texts
 from hooklens.model.config import VectorEmbed
 from hooklens.model.transformer import HookedTransformer, need_hooked
+from hooklens.plugins.algorithmic.icl.scored_vectors import in_dtype_of
 from hooklens.results.result import Result, Table
 
 Matrices = Float[Tensor, "*matrix pos d_model"]
@@ -122,6 +123,7 @@ def measure_rank_collapse(model: HookedTransformer, tokens: Shaped[Tensor, "batc
     model.blocks[0].need_sum("rank collapse")
     if len(tokens.shape) < 2 or tokens.shape[1] < 2:
         raise InputError(f"rank collapse compares positions, and needs at least 2; got inputs {list(tokens.shape)}")
+    tokens = in_dtype_of(model, tokens)
     shares, residuals, names = [], [], []
     for name, (residual, mlp) in VARIANTS.items():
         if mlp and model.cfg.attn_only:

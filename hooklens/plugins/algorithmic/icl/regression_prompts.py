@@ -7,11 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.arguments import seeded, whole
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, WrongType
 from hooklens.data.batches import Batch
 from hooklens.data.regression import InContextRegression
 from hooklens.model.config import VectorEmbed
 from hooklens.model.transformer import HookedTransformer, need_hooked
+from hooklens.plugins.algorithmic.icl.input_moments import need_task
 
 Points = Float[Tensor, "task point d"]
 Answers = Float[Tensor, "task point"]
@@ -97,6 +98,7 @@ def trained_lengths(data: InContextRegression) -> tuple[int, int]:
 
 def asked_length(data: InContextRegression, n_points: int | None) -> int:
     """The number of examples asked for, or the task's own if it has just one."""
+    need_task(data)
     least, most = trained_lengths(data)
     if n_points is None and least != most:
         raise InputError(f"the task has {least} to {most} examples; say how many with n_points=")
@@ -139,6 +141,8 @@ def widened_prompts(model: HookedTransformer, prompts: RegressionPrompts) -> Reg
 def need_regression(model: HookedTransformer, prompts: RegressionPrompts) -> None:
     """Raise unless the model reads these prompts and answers with one number."""
     need_hooked(model, "in-context regression")
+    if not isinstance(prompts, RegressionPrompts):
+        raise WrongType(f"prompts are those of draw_prompts(data, tasks) or prompts_of(batch), got {prompts!r:.60}")
     cfg, wanted = model.cfg, prompts.d + 1
     if not isinstance(cfg.embed, VectorEmbed) or cfg.embed.d_in != wanted or cfg.d_vocab_out != 1:
         reads = f"vectors of {cfg.embed.d_in}" if isinstance(cfg.embed, VectorEmbed) else "tokens"

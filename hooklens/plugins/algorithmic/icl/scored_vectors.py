@@ -12,6 +12,18 @@ from hooklens.model.transformer import HookedTransformer
 Vectors = Float[Tensor, "batch head pos d_head"]
 
 
+def in_dtype_of(
+    model: HookedTransformer, inputs: Shaped[Tensor, "batch pos *d_in"]
+) -> Shaped[Tensor, "batch pos *d_in"]:
+    """Vectors in the model's dtype; tokens as they are.
+
+    >>> from hooklens.testing import tiny_model
+    >>> in_dtype_of(tiny_model().double(), torch.ones(1, 2, 3)).dtype
+    torch.float64
+    """
+    return inputs.to(model.dtype) if inputs.is_floating_point() else inputs
+
+
 def read_scored_vectors(
     model: HookedTransformer, inputs: Shaped[Tensor, "batch pos *d_in"], layers: Sequence[int]
 ) -> list[tuple[Vectors, Vectors]]:

@@ -14,8 +14,8 @@ from hooklens.data.regression import InContextRegression, in_context_regression
 from hooklens.model.config import Learned, VectorEmbed
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.algorithmic.icl.best_steps import best_step
-from hooklens.plugins.algorithmic.icl.input_moments import moments_of
-from hooklens.plugins.algorithmic.icl.learners import Learner, LeastSquares
+from hooklens.plugins.algorithmic.icl.input_moments import moments_of, need_task
+from hooklens.plugins.algorithmic.icl.learners import Learner, LeastSquares, need_learners
 from hooklens.plugins.algorithmic.icl.regression_prompts import (
     RegressionPrompts,
     need_regression,
@@ -97,11 +97,13 @@ def measure_shifts(
     Reference: von Oswald et al. (2023), section 3, "Out-of-distribution validation tasks", and appendix A.2 (scales);
     Garg et al. (2022), section 4 (inputs of other scales, in a subspace, skewed, and others). Longer prompts are ours.
     """
+    need_task(data)
+    asked = need_learners(learners)
     shifts = _shifts(data, scales, lengths, dims)
     most = trained_lengths(data)[1]
     longest = max(trained_lengths(shift.task)[1] for shift in shifts)
     need_regression(model, _Shift("", "", replace(data, n_points=longest)).draw(data.d, 1, seed))
-    asked, whole_tasks = list(learners), whole("tasks", tasks, 1)
+    whole_tasks = whole("tasks", tasks, 1)
     by_shift = torch.stack([_errors(model, asked, shift.draw(data.d, whole_tasks, seed)) for shift in shifts], 1)
     zero = by_shift[-1]
     untrained = "; positions without training" * isinstance(model.cfg.positional_embedding_type, Learned)

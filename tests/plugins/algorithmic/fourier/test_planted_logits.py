@@ -292,3 +292,23 @@ def test_the_analytic_quadratic_network_without_a_transformer(p, k):
     assert torch.allclose(neurons.spectrum[:, k - 1], torch.full((16,), 0.8).double())
     assert torch.allclose(neurons.spectrum[:, double - 1], torch.full((16,), 0.2).double())
     assert neurons.keys() == [] and classify_neurons(table, threshold=0.75).keys() == [k]  # 85 % is a rule for ReLU
+
+
+@pytest.mark.parametrize(
+    "logits", [torch.zeros(49, 7), torch.zeros(7, 7, 6), torch.full((7, 7, 7), float("nan")), None]
+)
+def test_the_loss_of_logits_that_are_no_table_failed_inside_torch_or_was_nan(logits):
+    with refused(InputError, "logits"):
+        restricted_loss(logits, [1])
+    with refused(InputError, "logits"):
+        excluded_loss(logits, [1], torch.ones(7, 7, dtype=torch.bool))
+
+
+def test_trained_pairs_given_as_zeros_and_ones_were_taken_for_rows():
+    with refused(InputError, "a boolean tensor"):
+        excluded_loss(formula_logits(7, {2: 9.0}), [2], torch.ones(7, 7, dtype=torch.long))
+
+
+def test_an_operation_in_a_list_has_no_hash():
+    with refused(NameNotFound, "no operation named"):
+        modular_arithmetic(5, operation=["+"])

@@ -323,3 +323,53 @@ def test_the_moments_of_a_sample_are_those_of_its_distribution():
     u = torch.rand(200_000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.5
     fourth = torch.einsum("n,ni,nj->ij", u.square().sum(1), u, u) / len(u)
     torch.testing.assert_close(fourth, uniform_moments(2).fourth, rtol=0.02, atol=3e-4)
+
+
+REGRESSION = hl.data.in_context_regression(d=2, n_points=3)
+READER = hl.HookedTransformer(
+    hl.HookedTransformerConfig(
+        **{"n_layers": 1, "d_model": 4, "n_heads": 1, "d_head": 4, "d_mlp": 4, "n_ctx": 4},
+        **{"embed": {"part": "vectors", "d_in": 3}, "d_vocab": 2, "d_vocab_out": 1},
+    )
+)
+
+
+@pytest.mark.parametrize("learner", [best_step(moments_of(REGRESSION), 3), "ols", None], ids=["result", "text", "None"])
+def test_a_learner_that_is_none_failed_inside_its_first_use(learner):
+    prompts = hl.icl.draw_prompts(REGRESSION, 2)
+    for ask in (
+        lambda: hl.icl.compare_learners(READER, prompts, learner),
+        lambda: hl.icl.measure_shifts(READER, REGRESSION, [learner]),
+        lambda: expected_error(learner, REGRESSION),
+    ):
+        with refused(HooklensError, "such as LeastSquares"):
+            ask()
+
+
+@pytest.mark.parametrize("data", [hl.data.modular_arithmetic(5), None], ids=["modular", "None"])
+def test_data_of_another_task_failed_at_a_missing_attribute(data):
+    for ask in (
+        lambda: moments_of(data),
+        lambda: hl.icl.draw_prompts(data, 2),
+        lambda: expected_error(LeastSquares(), data),
+        lambda: hl.icl.measure_shifts(READER, data, [LeastSquares()]),
+    ):
+        with refused(HooklensError, "in_context_regression"):
+            ask()
+
+
+def test_prompts_that_are_none_failed_at_a_missing_attribute():
+    with refused(HooklensError, "draw_prompts"):
+        hl.icl.predict(READER, None)
+
+
+def test_inputs_with_a_negative_variance_had_moments():
+    with refused(HooklensError, "no negative eigenvalue"):
+        normal_moments(-torch.eye(2, dtype=torch.float64))
+
+
+def test_vectors_in_float32_failed_in_a_model_in_float64():
+    inputs = REGRESSION.batch(0, 2).inputs
+    wide = hl.HookedTransformer(READER.cfg).double()
+    assert hl.icl.measure_rank_collapse(wide, inputs).share.dtype == torch.float64
+    assert (hl.icl.compare_with_kernel(wide, inputs).with_norms < 1e-5).all()
