@@ -12,6 +12,7 @@ import pytest
 from hooklens import Result
 from hooklens.core.errors import Unavailable
 
+pytestmark = pytest.mark.slow  # it is installed, and used in processes of its own
 SOURCE = Path(__file__).parent / "third_party_plugin"
 
 USE = """

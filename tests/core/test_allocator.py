@@ -28,6 +28,7 @@ print(json.dumps([seen, pages]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not keep_freed_pages(), reason="glibc is not the allocator here, or the environment set it")
 def test_every_cache_was_filled_into_fresh_pages():
     """A run of everything took between 1.09 and 2.0 of the plain pass from one time to the next."""

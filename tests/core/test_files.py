@@ -151,6 +151,7 @@ for name, write in {
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of a process's files")
 def test_on_a_full_disk_every_writer_says_so_and_leaves_what_was_there(tmp_path):
     (tmp_path / "cache").write_text("old")

@@ -131,6 +131,7 @@ def check_killed(tmp_path, instants):
     return hl.load(tmp_path / "whole" / "checkpoints" / "step_000000012.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
 def test_a_run_killed_while_it_writes_its_beginning_a_state_or_a_row_resumes_bit_for_bit(tmp_path):
     assert check_killed(tmp_path, FEW).cfg.dropout == 0.2

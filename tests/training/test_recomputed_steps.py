@@ -43,6 +43,7 @@ def test_the_slow_gradient_begins_at_zero_as_its_impulse_response_says():
         assert float(grads) == pytest.approx((t == 0) + 3.0 * 0.2 * 0.8**t, rel=1e-14)
 
 
+@pytest.mark.slow
 def test_a_step_schedule_changed_one_step_late_where_a_product_of_floats_is_too_large():
     late = []
     for fraction in ("0.1", "0.3", "0.55", "0.6", "0.7", "0.9"):

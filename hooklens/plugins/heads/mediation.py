@@ -107,6 +107,7 @@ def measure_mediation(
     or `hl.Mean(reference=prompts)` by position. A head's own block counts as later where its MLP reads what attention
     wrote. `resume` names a file that keeps finished runs, as in `hl.patch`.
 
+    >>> from hooklens.data.repeated import repeated_tokens
     >>> from hooklens.testing import induction_model
     >>> model = induction_model(); text = repeated_tokens(model, 4)
     >>> found = measure_mediation(model, text.tokens, text.metric(), [(0, 0), (1, 1)])

@@ -122,8 +122,9 @@ def ablate(
 ) -> AblationSweep:
     """What does the metric lose without each component? One exact ablation for every cell of a grid.
 
+    >>> from hooklens.metrics import log_prob
     >>> from hooklens.testing import induction_model
-    >>>     >>> model = induction_model(); prompts = torch.tensor([[3, 1, 4, 3], [5, 2, 6, 5], [7, 9, 8, 7]])
+    >>> model = induction_model(); prompts = torch.tensor([[3, 1, 4, 3], [5, 2, 6, 5], [7, 9, 8, 7]])
     >>> sweep = ablate(model, prompts, log_prob(model, answer=[1, 2, 9]), value="zero")
     >>> sweep.effect.round(decimals=1)            # layer head: L0H0 previous token, L1H1 induction
     tensor([[-1.2000,  0.0000],
