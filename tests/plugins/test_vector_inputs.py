@@ -4,7 +4,11 @@ import re
 
 import pytest
 import torch
+from close import close
 from jaxtyping import TypeCheckError
+from model.zoo import zoo_model
+from sweeps.loop import has, looped
+from sweeps.path_loop import edges
 from torch import Tensor
 
 import hooklens as hl
@@ -20,10 +24,6 @@ from hooklens.studies.head_study import study_heads
 from hooklens.studies.lens_study import study_lens
 from hooklens.studies.pair_study import study_pair
 from hooklens.testing import check_plugin
-from tests.close import close
-from tests.model.zoo import zoo_model
-from tests.sweeps.loop import has, looped
-from tests.sweeps.path_loop import edges
 
 VECTORS = {"embed": VectorEmbed(d_in=3), "d_vocab": 1, "d_vocab_out": 1, "d_mlp": 4, "tie_word_embeddings": False}
 BARE = {"attn_only": True, "d_mlp": None, "normalization_type": None, "positional_embedding_type": "none"}
