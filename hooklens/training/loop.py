@@ -162,7 +162,7 @@ class _Training:
         self.flushed = time.monotonic()
         self.save_at = self.flushed + _SAVE_EVERY
         keep_freed_pages()  # every step frees and needs again the memory of its activations and gradients
-        self.as_defined = runs_as_defined(model)
+        self.as_defined: bool | None = None  # not looked at since the caller last had a turn
         self.digest = ""  # of what the run is, without its number of steps
         self.rows: dict[str, int] = {}  # in each file of the record, when the state was written
 
@@ -359,12 +359,17 @@ class _Training:
         """The model's output. Under autocast logits are computed in float32 from the stream, as bfloat16 has 8 bits."""
         if self.settings.precision == "model":
             is_last = asked == batch.inputs.shape[1] - 1
-            if is_last and self.as_defined and shares_tokens(self.model, batch.inputs):
+            if is_last and shares_tokens(self.model, batch.inputs) and self._runs_as_defined():
                 return last_logits(self.model, batch.inputs)
             return self.model(batch.inputs, logits_at=asked)
         with torch.autocast(self.vector.values.device.type, dtype=torch.bfloat16):
             stream = self.model(batch.inputs, stop_at_layer=self.model.cfg.n_layers)
         return self.model.read_out(stream.float())
+
+    def _runs_as_defined(self) -> bool:
+        if self.as_defined is None:
+            self.as_defined = runs_as_defined(self.model)
+        return self.as_defined
 
     def _diverged(self, fault: str, norms: Float[Tensor, "layer"] | None = None) -> NoReturn:
         """Stop the run, drop checkpoints from this step on, and note for the next call what happened."""
@@ -399,7 +404,7 @@ class _Training:
 
     def look_again(self) -> None:
         """See what the caller changed. Raise if a parameter has other memory: training would not reach it."""
-        self.as_defined = runs_as_defined(self.model)
+        self.as_defined = None
         name = self.vector.replaced()
         if name is not None:
             raise InputError(
@@ -438,11 +443,10 @@ class _Training:
 
         The first process knows.
         """
-        settings = self.settings.to_json()
-        can_end = settings["patience"] is not None or settings["solved"] is not None
+        can_end = self.settings.patience is not None or self.settings.solved is not None
         if self.recorder is None or self.step not in self.evaluations or not can_end:
             return False
-        return ends_early(recorded_evaluations(self.folder.path), settings)
+        return ends_early(recorded_evaluations(self.folder.path), self.settings.to_json())
 
     def save_state(self) -> None:
         """Write what the run resumes from, behind the rows that it belongs to."""

@@ -72,9 +72,9 @@ def formula_logits(p: int, coefficients: dict[int, float]) -> Logits:
     """
     frequencies = checked_frequencies(list(coefficients), p)
     n = torch.arange(p)
-    waves = sum(coefficients[k] * torch.cos(2 * math.pi / p * (k * n % p).double()) for k in frequencies)
+    waves = [coefficients[k] * torch.cos(2 * math.pi / p * (k * n % p).double()) for k in frequencies]
     offset = (n[:, None, None] + n[:, None] - n) % p
-    return waves[offset]  # type: ignore[index]
+    return torch.stack(waves).sum(0)[offset]
 
 
 def mean_by_offset(logits: Logits) -> Float[Tensor, "offset"]:
