@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.rounds import write
+from hooklens.results.result import Result, plain
 from hooklens.studies.icl_errors import ErrorsByLength
 from hooklens.studies.icl_runs import FIXED_RUN, PLANNED, seconds_of, study_runs, train_planned
 from hooklens.studies.icl_study import ICLStudy
@@ -97,10 +98,21 @@ def record_of(study: ICLStudy, runs: dict[str, Run]) -> dict[str, Any]:
             for name, part in study.attention.items()
         },
         "gap": {} if study.gap is None else study.gap.to_json(),
+        "costs": tabled(study.costs),
+        "shifts": {name: tabled(part) for name, part in study.shifts.items()},
+        "interpolations": {name: tabled(part) for name, part in study.interpolations.items()},
+        "kernels": {name: tabled(part) for name, part in study.kernels.items()},
+        "collapses": {name: tabled(part) for name, part in study.collapses.items()},
         "findings": study.findings,
         "seconds": {name: seconds_of(run) for name, run in runs.items()},
         "settings": {name: run.identity["settings"] for name, run in runs.items()},
     }
+
+
+def tabled(part: Result) -> dict[str, Any]:
+    """A part of the study as its table."""
+    table = part.table()
+    return {"columns": list(table.columns), "rows": plain(table.rows)}
 
 
 def errors_record(errors: ErrorsByLength) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Studies: several methods combined on your own prompts, with claims and a report. The command line calls them."""
 
+from hooklens.plugins.algorithmic.cost_table import join_costs
 from hooklens.studies.chosen_heads import choose_heads
 from hooklens.studies.circuit_study import CircuitStudy, study_circuit
 from hooklens.studies.claims import zero_heads
@@ -34,6 +35,7 @@ __all__ = [
     "compare_parsimony",
     "grok",
     "grokking_report",
+    "join_costs",
     "measure_errors",
     "mover_claims",
     "probe_report",

@@ -164,6 +164,7 @@ def _parts(report: Any, study: GrokkingStudy) -> None:
         caption = f"The same after step {study.halfway_step:,}, at a held-out accuracy of {accuracy:.2f}."
         report.figure(study.halfway.figure(), caption)
         report.table(study.halfway.table(), caption, study.halfway.terms)
+    report.table(study.costs.table(), "What a prompt costs, and the accuracy on unseen pairs.", study.costs.terms)
 
 
 def _phases_caption(phases: Phases) -> str:

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from hooklens.core.errors import InputError, WrongType
 from hooklens.data.modular import Modular, modular_arithmetic
 from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.algorithmic.cost_table import CostTable, MeasuredModel, compare_costs
 from hooklens.plugins.algorithmic.fourier.circles import Circles, project_embedding
 from hooklens.plugins.algorithmic.fourier.demo_task import demo_modulus
 from hooklens.plugins.algorithmic.fourier.frequency_ablation import (
@@ -112,6 +115,7 @@ class GrokkingStudy(Result):
     n_steps: int
     circuit: CircuitReadings
     regions: TableRegions
+    costs: CostTable
     grokking: GrokkingStep | None = None
     progress: Progress | None = None
     phases: Phases | None = None
@@ -204,6 +208,7 @@ def study_grokking(run: Run | str | os.PathLike, *, controls: Mapping[str, Run] 
             progress.steps, progress.excluded, progress.held_out_loss, generalised_at=grokking.generalised_at
         )
     halfway_step, halfway = _halfway(run, data, progress)
+    regions = measure_regions(model, data)
     return GrokkingStudy(
         modulus=data.p,
         seed=data.seed,
@@ -211,7 +216,8 @@ def study_grokking(run: Run | str | os.PathLike, *, controls: Mapping[str, Run] 
         weight_decay=_weight_decay(run.identity["settings"]["optimizer"]),
         n_steps=run.steps_done,
         circuit=circuit,
-        regions=measure_regions(model, data),
+        regions=regions,
+        costs=_costs(model, data, circuit, regions),
         grokking=grokking,
         progress=progress,
         phases=phases,
@@ -232,14 +238,16 @@ def study_grokked_model(model: HookedTransformer, data: Modular) -> GrokkingStud
     if not isinstance(data, Modular):
         raise WrongType(f"data is hl.data.modular_arithmetic(...), with the pairs of training; got {data!r:.60}")
     check_table_size(data.p, data.fraction)
+    circuit, regions = read_circuit(model, data), measure_regions(model, data)
     return GrokkingStudy(
         modulus=data.p,
         seed=data.seed,
         fraction=data.fraction,
         weight_decay=float("nan"),
         n_steps=0,
-        circuit=read_circuit(model, data),
-        regions=measure_regions(model, data),
+        circuit=circuit,
+        regions=regions,
+        costs=_costs(model, data, circuit, regions),
     )
 
 
@@ -288,6 +296,18 @@ def _norms(run: Run, grokking: GrokkingStep, seed: int, controls: Mapping[str, R
     window = grokking.rise_at, grokking.generalised_at
     curves = [(kind, seed, *squared_weights(other, including=window)) for kind, other in runs.items()]
     return compare_norm_drops(curves, start=window[0], stop=window[1])
+
+
+def _costs(model: HookedTransformer, data: Modular, circuit: CircuitReadings, regions: TableRegions) -> CostTable:
+    """The row of the model in a table of costs; what it implements is said by the formula for its logits."""
+    used = ", ".join(map(str, circuit.frequencies))
+    implements = "no frequency explains 85 % of a neuron: no Fourier circuit"
+    if used:
+        explained = circuit.formula.explained_centred
+        implements = f"cosines of w_k (a + b - c), k = {used}: {explained:.1%} of the centred logits"
+    name, value = f"modulo {data.p}, seed {data.seed}", float(regions.accuracy[0])
+    pair = torch.tensor([[0, 0, data.p]], device=model.W_U.device)
+    return compare_costs([MeasuredModel(name, model, pair, "accuracy", value, implements)])
 
 
 def _halfway(run: Run, data: Modular, progress: Progress | None) -> tuple[int, TableRegions | None]:

@@ -194,12 +194,15 @@ def study_in_context(
     prompts = draw_prompts(one_length, min(tasks, _COMPARED), seed=seed + 1)
     learners = {OWN_STEP: errors.averaged.own_learner(at), **learners}
     comparisons = {name: _compared(model, prompts, learners) for name, model in models.items()}
+    rows = [_cost(name, model, prompts, errors, comparisons) for name, model in models.items()]
     measured = None
     if fixed is not None:
         model, own = fixed
         measured = measure_errors({"fixed": model}, own, tasks=4 * tasks, seed=seed)
         own_learners = {OWN_STEP: measured.averaged.learner(), **known_learners(own, list(own.points))}
-        comparisons["fixed"] = _compared(model, draw_prompts(own, min(tasks, _COMPARED), seed=seed + 1), own_learners)
+        own_prompts = draw_prompts(own, min(tasks, _COMPARED), seed=seed + 1)
+        comparisons["fixed"] = _compared(model, own_prompts, own_learners)
+        rows.insert(0, _cost("fixed", model, own_prompts, measured, comparisons))
     return ICLStudy(
         at=at,
         errors=errors,
@@ -207,7 +210,7 @@ def study_in_context(
         depths={name: model.cfg.n_layers for name, model in models.items()},
         comparisons=comparisons,
         shifts={name: _shifted(model, data, one_length, learners, tasks) for name, model in models.items()},
-        costs=compare_costs([_cost(name, model, prompts, errors, comparisons) for name, model in models.items()]),
+        costs=compare_costs(rows),
         gap=measure_depth_gap(one_length, draws=min(_GAP_DRAWS, 10 * tasks), seed=seed) if searched else None,
         **_insides(models, prompts, learners[SHARED_STEP]),
     )

@@ -120,6 +120,27 @@ def compare_costs(models: Sequence[Any]) -> CostTable:
     return CostTable([_cost(entry) for entry in models])
 
 
+def join_costs(studies: Sequence[Any]) -> CostTable:
+    """One table over studies that have `costs`, such as those of grokking and of in-context regression.
+
+    >>> from hooklens.testing import tiny_model
+    >>> from hooklens.plugins.algorithmic.icl import GradientDescent, construct_descent
+    >>> entry = MeasuredModel("tiny", tiny_model(), torch.tensor([[1, 2, 3]]), "accuracy", 0.1, "nothing: it is random")
+    >>> step = construct_descent(GradientDescent((0.2,)), 2, 3)
+    >>> by_hand = MeasuredModel("by hand", step, torch.zeros(1, 4, 3), "MSE", 0.5, "one step of gradient descent")
+    >>> len(join_costs([compare_costs([entry]), compare_costs([by_hand])]).table())
+    2
+    """
+    costs = [getattr(study, "costs", None) for study in studies]
+    tables = [rows.costs if isinstance(rows, CostTable) else rows for rows in costs]
+    for study, rows in zip(studies, tables, strict=True):
+        if not isinstance(rows, list):
+            raise WrongType(f"join_costs takes studies of grokking or in-context learning, got {study!r:.80}")
+    if not tables:
+        raise InputError("join_costs needs at least one study; got none")
+    return CostTable([row for rows in tables for row in rows])
+
+
 def _cost(entry: MeasuredModel) -> ModelCost:
     row = entry.inputs[:1]
     flops, attention, formula = None, 0, ""
