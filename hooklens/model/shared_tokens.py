@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hooklens.model.attention import Attention
-from hooklens.model.config import Causal, NoMask, TokenEmbed
+from hooklens.model.config import Causal, NoMask, Softmax, TokenEmbed
 from hooklens.model.embed import soft_cap
 from hooklens.model.kv_cache import Context
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
+_RANGE = 40.0  # of scores whose exponentials are added up without a maximum of each row
 _PAYS = 2  # prompts for each token of the vocabulary: from there on few of them are the first with their token
 
 Table = Float[Tensor, "distinct *rest"]
@@ -84,6 +85,8 @@ def _attend(
     group = attn.n_heads // attn.n_kv_heads
     k, v = (x if group == 1 else x.repeat_interleave(group, 2) for x in (k, v))
     table = soft_cap((q * k)[0].sum(-1) / attn.scale, attn.score.soft_cap)
+    if type(attn.score) is Softmax and bool((table.amax(0) - table.amin(0) < _RANGE).all()):
+        return _SoftmaxOfTables.apply(table, v[0], places)[:, None]
     scores = _rows_of(table, places).transpose(1, 2)[:, :, None]
     pattern = attn.score.pattern(scores, None)
     return _Weighted.apply(pattern[:, :, 0], v[0], places)[:, None]
@@ -102,6 +105,45 @@ def _add_rows(total: Table, places: Int[Tensor, "batch"], rows: Float[Tensor, "b
         total.index_put_((places,), rows, accumulate=True)
     else:
         total.index_add_(0, places, rows)
+
+
+class _SoftmaxOfTables(torch.autograd.Function):
+    """Means of a table's rows, weighted by the softmax of scores that are a table, too.
+
+    exp(score) and exp(score) times the row are computed once for each row of the tables; a prompt adds up those of its
+    places and divides. All prompts end at the same place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, scores: Float[Tensor, "distinct head"], table: Float[Tensor, "distinct head d"], places: Places
+    ) -> Float[Tensor, "batch head d"]:
+        weights = (scores - scores.amax(0)).exp_()
+        weighted, last = weights[..., None] * table, places[0, -1]
+        total, divisor = weighted[last].repeat(len(places), 1, 1), weights[last].repeat(len(places), 1)
+        for i in range(places.shape[1] - 1):
+            total += weighted.index_select(0, places[:, i])
+            divisor += weights.index_select(0, places[:, i])
+        inverse = divisor.reciprocal_()
+        means = total.mul_(inverse[..., None])
+        ctx.save_for_backward(weights, table, places, means, inverse)
+        return means
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: Float[Tensor, "batch head d"]
+    ) -> tuple[Float[Tensor, "distinct head"], Float[Tensor, "distinct head d"], None]:
+        weights, table, places, means, inverse = ctx.saved_tensors
+        of_total = grad * inverse[..., None]
+        of_divisor = (means * of_total).sum(-1).neg_()
+        of_weighted, of_weights, last = torch.zeros_like(table), torch.zeros_like(weights), places[0, -1]
+        of_weighted[last], of_weights[last] = of_total.sum(0), of_divisor.sum(0)
+        for i in range(places.shape[1] - 1):
+            _add_rows(of_weighted, places[:, i], of_total)
+            _add_rows(of_weights, places[:, i], of_divisor)
+        of_weights += (of_weighted * table).sum(-1)
+        return of_weights * weights, of_weighted * weights[..., None], None
 
 
 class _Weighted(torch.autograd.Function):

@@ -72,7 +72,21 @@ def test_at_the_size_of_the_paper_run_its_logits_are_those_of_the_hooked_pass_to
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_gradients_are_those_of_the_hooked_pass(kind):
+    assert_same_gradients(one_layer(11, dtype=torch.float64, **KINDS[kind]), prompts(11))
+
+
+@pytest.mark.parametrize("kind", ["plain", "normed"])
+def test_scores_of_a_range_whose_exponentials_would_underflow_give_the_gradients_of_the_hooked_pass(kind):
     model, tokens = one_layer(11, dtype=torch.float64, **KINDS[kind]), prompts(11)
+    with torch.no_grad():
+        model.blocks[0].attn.q.weight.mul_(9e3)
+    _, cache = model.run_with_cache(tokens, names="blocks.0.attn.hook_attn_scores")
+    scores = cache["blocks.0.attn.hook_attn_scores"][:, :, -1]
+    assert scores.amax() - scores.amin() > 1500  # exp(-750) is 0 in float64
+    assert_same_gradients(model, tokens)
+
+
+def assert_same_gradients(model: hl.HookedTransformer, tokens: torch.Tensor) -> None:
     weight = torch.randn(len(tokens), 1, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     of_both = []
     for logits in (model(tokens)[:, -1:], last_logits(model, tokens)):
