@@ -29,16 +29,26 @@ _LARGEST = 2**20  # of numbers in triples: a vocabulary of that size fits no mem
 _FLOAT32 = torch.finfo(torch.float32).max
 
 
-@dataclass(frozen=True)
-class RegressionFile(TrainingData):
+class _ByContent:
+    """Data of a file: equal if their identity is, which has a checksum of the numbers."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.identity() == self.identity()  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.identity().items()))  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, eq=False)
+class RegressionFile(_ByContent, TrainingData):
     """Regression prompts of a file, as tokens (x_i, y_i) and a query (x, 0); a share of the prompts is held out.
 
     `x` and `y` are the numbers of the file, with the query as the last point of every prompt.
     """
 
     name: str
-    x: Float[Tensor, "prompt point d"] = field(repr=False, compare=False)
-    y: Float[Tensor, "prompt point"] = field(repr=False, compare=False)
+    x: Float[Tensor, "prompt point d"] = field(repr=False)
+    y: Float[Tensor, "prompt point"] = field(repr=False)
     held_out_share: float
     seed: int
 
@@ -101,15 +111,15 @@ class RegressionFile(TrainingData):
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModularTriples(Modular):
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModularTriples(_ByContent, Modular):
     """Triples (a, b, c) of a file, as prompts "a b =" with the answer c.
 
     `operation` is "+", "-" or "x" if all triples agree with it modulo `p`, else "table": what the file says.
     """
 
     name: str
-    triples: Int[Tensor, "pair 3"] = field(repr=False, compare=False)
+    triples: Int[Tensor, "pair 3"] = field(repr=False)
 
     @cached_property
     def pairs(self) -> tuple[Int[Tensor, "train_pair 2"], Int[Tensor, "held_out_pair 2"]]:

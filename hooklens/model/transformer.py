@@ -212,6 +212,11 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
             width = self.cfg.d_model if is_stream else self.cfg.embed.d_in
             if tokens.ndim != 3 or tokens.shape[-1] != width:
                 raise InputError(f"expected vectors [batch pos {width}], got {list(tokens.shape)}")
+            if not is_stream and tokens.dtype != self.dtype and not torch.is_autocast_enabled(tokens.device.type):
+                raise InputError(
+                    f"expected vectors of {self.dtype}, as the model's weights are, got {tokens.dtype}; pass "
+                    "vectors.to(model.dtype)"
+                )
         if mask is not None:
             mask = as_mask(mask, tokens.device)
         return tokens, mask

@@ -255,7 +255,7 @@ def read_circuit(model: HookedTransformer, data: Modular) -> CircuitReadings:
     """The Fourier analysis of one model."""
     pairs = run_pairs(model, data)
     neurons = classify_neurons(pairs)
-    keys = find_key_frequencies(model, data)
+    keys = find_key_frequencies(model, data, table=pairs)
     used, trained = keys.keys, pairs.trained
     readings = CircuitReadings(
         keys=keys,

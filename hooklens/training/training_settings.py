@@ -18,6 +18,7 @@ from hooklens.training.snapshots import checked_choice, checked_prompts
 
 _PRECISIONS = ("model", "bfloat16")
 _SLOTS = ("optimizer", "schedule", "loss")
+_SOLVED_FOR = 500  # steps
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Settings:
     checkpoints: int = 20
     patience: int | None = None
     solved: float | None = None
-    solved_for: int = 500
+    solved_for: int = _SOLVED_FOR
     snapshots: Any = ()
     snapshot_prompts: Any = 2
 
@@ -80,6 +81,8 @@ class Settings:
             if not self.solved < 1:
                 raise InputError(f"solved is the accuracy above which a run ends, from 0 to below 1; got {self.solved}")
         object.__setattr__(self, "solved_for", whole("solved_for", self.solved_for, 0))
+        if self.solved is None and self.solved_for != _SOLVED_FOR:
+            raise InputError(f"solved_for={self.solved_for} says for how long a task is solved; give solved=0.99, too")
         object.__setattr__(self, "seed", seed_number(self.seed))
         object.__setattr__(self, "snapshots", checked_choice(self.snapshots))
         object.__setattr__(self, "snapshot_prompts", checked_prompts(self.snapshot_prompts))

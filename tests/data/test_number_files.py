@@ -207,3 +207,11 @@ def test_a_table_with_other_separators_is_refused_and_no_text(tmp_path, header):
     assert task_of_file(path) == "modular_triples"
     with pytest.raises(InputError, match="a,b,c, separated by commas; got"):
         hl.data.modular_triples(path)
+
+
+def test_files_of_the_same_numbers_are_equal_data_and_others_are_not(tmp_path):
+    plus, same = (hl.data.modular_triples(write(tmp_path, *triples(5, lambda a, b: a + b)), fraction=0.6) for _ in "ab")
+    other = hl.data.modular_triples(write(tmp_path, *triples(5, lambda a, b: a * b + a)), fraction=0.6)
+    again = hl.data.modular_triples(write(tmp_path, *triples(5, lambda a, b: a * b + b)), fraction=0.6)
+    assert plus == same and hash(plus) == hash(same)
+    assert other.operation == again.operation == "table" and other != again and plus != hl.data.modular_arithmetic(5)

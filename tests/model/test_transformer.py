@@ -459,6 +459,8 @@ def test_vectors_of_another_shape_are_refused():
     for bad in (torch.zeros(2, 4), torch.zeros(2, 4, 5)):
         with pytest.raises(InputError, match=r"expected vectors \[batch pos 3\]"):
             vector_model()(bad)
+    with pytest.raises(InputError, match=r"expected vectors of torch.float32, as the model's .* torch.float64; pass"):
+        vector_model()(torch.zeros(2, 4, 3, dtype=torch.float64))
     with pytest.raises(InputError, match=r"expected vectors \[batch pos 8\]"):
         tiny_model()(torch.zeros(1, 2, 9), start_at_layer=1)
 

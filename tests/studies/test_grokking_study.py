@@ -12,10 +12,12 @@ from hooklens.core.errors import HooklensError
 from hooklens.plugins.algorithmic.grokking import GrokkingStep, fast_recipe, find_grokking, grokking_recipe
 from hooklens.plugins.algorithmic.grokking.norm_drop import GROKKING, NO_DECAY, SHUFFLED, compare_norm_drops
 from hooklens.plugins.algorithmic.grokking.phases import Phases
+from hooklens.plugins.algorithmic.icl import GradientDescent, construct_descent
 from hooklens.results.result import Result
 from hooklens.studies.grokking_page import grokking_report, seeds_table, together
 from hooklens.studies.grokking_runs import control_of, folder_name, grok, train_recipe
 from hooklens.studies.grokking_study import GrokkingStudy, study_grokked_model, study_grokking
+from hooklens.studies.icl_study import study_in_context
 from hooklens.studies.parsimony_study import MEASURES, Parsimony, compare_parsimony
 from hooklens.testing import tiny_model
 from hooklens.training.run_recipe import Recipe
@@ -47,6 +49,21 @@ def test_a_run_that_did_not_grok_is_studied_and_said_to_be(study):
     assert dict(zip(*zip(*study.table().rows, strict=True), strict=True))["verdict"] == study.grokking.verdict
     assert (study.modulus, study.seed, study.n_steps, study.weight_decay) == (7, 0, 100, 1.0)
     assert not study.is_published_setting and study.table().columns == ("what", "value")
+
+
+def test_the_costs_of_both_tracks_are_one_table(study):
+    by_hand = construct_descent(GradientDescent((0.2,), mean=False), 2, 3)
+    other = study_in_context({"by hand": by_hand}, hl.data.in_context_regression(2, (2, 3)), searched=False, tasks=16)
+    table = hl.studies.join_costs([study, other]).table()
+    assert [row[:2] for row in table.rows] == [("modulo 7, seed 0", "accuracy"), ("by hand", "MSE")]
+    assert table.rows[0][2] == float(study.regions.accuracy[0]) and table.rows[1][2] == float(
+        other.errors.errors.mean()
+    )
+    assert all(flops == counted for _, _, _, flops, counted, *_ in table.rows)
+    with pytest.raises(HooklensError, match="studies of grokking or in-context learning, got None"):
+        hl.studies.join_costs([None])
+    with pytest.raises(HooklensError, match="at least one study"):
+        hl.studies.join_costs([])
 
 
 def test_a_run_is_also_its_folder(folder, study):

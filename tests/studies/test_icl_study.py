@@ -70,6 +70,9 @@ def test_findings_table_and_page_state_the_numbers(study):
     assert all(finding.split("(")[0] in page for finding in study.findings)
     assert "1 layer" in study.findings[3] and "least squares" in study.findings[-1]
     assert study.gap is None and "by depth" not in page
+    rows = {row[0]: row for row in study.costs.table().rows}
+    assert list(rows) == ["fixed", "best", "twice"] and rows["best"][2] == table.rows[0][2]
+    assert "best step" in rows["fixed"][-1] and rows["fixed"][2] == pytest.approx(float(study.fixed.errors.mean()))
     assert study.figure().data and study.errors.figure().data
 
 

@@ -99,6 +99,8 @@ def test_what_does_not_fit_is_refused_before_the_run_begins(tmp_path, changes, d
 def test_a_batch_that_does_not_split_is_refused():
     with pytest.raises(HooklensError, match="a batch of 8 rows does not split into 3 equal passes"):
         Settings(batch=8, accumulate=3)
+    with pytest.raises(HooklensError, match="solved_for=100 says for how long a task is solved; give solved="):
+        Settings(solved_for=100)
     with pytest.raises(HooklensError, match="a batch of 5 rows does not split over 2 processes; give a batch that is"):
         Processes(count=2).rows(Batch(torch.zeros(5, 1), torch.zeros(5, 1), torch.ones(5, 1, dtype=torch.bool)))
 

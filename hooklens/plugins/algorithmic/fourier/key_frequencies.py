@@ -102,9 +102,14 @@ class KeyFrequencies(Result):
         votes = {k: sum(k in keys for keys in self.by_rule.values()) for k in named}
         rows = []
         for k in sorted(named, key=lambda k: (-votes[k], k)):
-            cells = [float(self.scores[rule][k - 1]) if k in keys else None for rule, keys in self.by_rule.items()]
+            cells = [self._score(rule, k) if k in keys else None for rule, keys in self.by_rule.items()]
             rows.append((k, votes[k], *cells))
         return Table(("frequency", "rules", *self.by_rule), rows).head(n)
+
+    def _score(self, rule: str, k: int) -> float | int:
+        """The score of a frequency; the neuron rule counts."""
+        score = float(self.scores[rule][k - 1])
+        return int(score) if rule == "neurons" else score
 
     def figure(self) -> Any:
         """The score of every frequency as a share of the rule's largest; the key ones are marked."""
@@ -127,11 +132,12 @@ class KeyFrequencies(Result):
 
 
 def find_key_frequencies(
-    model: HookedTransformer | PairTable, data: Task | None = None, *, layer: int = -1
+    model: HookedTransformer | PairTable, data: Task | None = None, *, layer: int = -1, table: PairTable | None = None
 ) -> KeyFrequencies:
     """Which frequencies does the model compute with, by each rule?
 
-    `model` may also be the table of `run_pairs` or `tabulate`; rules that read weights are then left out.
+    `model` may also be the table of `run_pairs` or `tabulate`; rules that read weights are then left out. `table`
+    saves the run over all pairs where it is known already.
 
     >>> from hooklens.plugins.algorithmic.fourier.logit_formula import formula_logits
     >>> from hooklens.plugins.algorithmic.fourier.pair_table import tabulate
@@ -145,7 +151,7 @@ def find_key_frequencies(
     Internal Circuits and Properties in Grokked Transformers on Modular Polynomials"): see `sources`. Gromov (2023),
     "Grokking modular arithmetic", gives every neuron a frequency of its own and names no key ones.
     """
-    table = as_table(model, data, layer=layer)
+    table = as_table(model, data, layer=layer) if table is None else table
     rules = {}
     if table.post is not None:
         neurons = classify_neurons(table)

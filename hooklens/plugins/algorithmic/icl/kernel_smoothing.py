@@ -86,6 +86,9 @@ def kernel_weights(
     """
     if real("variance", variance) <= 0:
         raise InputError(f"a kernel has a variance above 0, got {variance}")
+    if queries.shape[-1] != keys.shape[-1] or queries.ndim < 2 or keys.ndim < 2:
+        shapes = f"{list(queries.shape)} and {list(keys.shape)}"
+        raise InputError(f"queries and keys are vectors of one length, [... query d] and [... key d]; got {shapes}")
     squares = queries.square().sum(-1)[..., None] + keys.square().sum(-1)[..., None, :] - 2 * queries @ keys.mT
     exponents = -squares / (2 * variance)
     return torch.softmax(exponents if seen is None else exponents.masked_fill(~seen, -torch.inf), -1)
@@ -102,7 +105,10 @@ def smooth(
     >>> smooth(torch.zeros(1, 1), torch.tensor([[-1.0], [1.0]]), torch.tensor([[2.0], [4.0]]), 1.0)
     tensor([[3.]])
     """
-    return kernel_weights(queries, keys, variance) @ values
+    weights = kernel_weights(queries, keys, variance)
+    if values.ndim < 2 or values.shape[-2] != keys.shape[-2]:
+        raise InputError(f"smooth takes a value for each of the {keys.shape[-2]} keys; got {list(values.shape)}")
+    return weights @ values
 
 
 def compare_with_kernel(model: HookedTransformer, tokens: Shaped[Tensor, "batch pos *d_in"]) -> KernelComparison:

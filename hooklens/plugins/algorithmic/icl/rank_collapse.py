@@ -94,6 +94,7 @@ def collapse_bound(
     power = 3.0 ** whole("depth", depth)
     base = 4 * real("gamma", gamma, 0.0) * real("beta", beta, 0.0) * whole("n_heads", n_heads, 1)
     base /= math.sqrt(whole("d_head", d_head, 1))
+    residual = real("residual", residual, 0.0)
     if residual == 0 or (base == 0 and depth):
         return 0.0
     # in logarithms, since 3^L overflows soon

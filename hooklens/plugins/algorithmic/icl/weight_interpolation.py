@@ -13,7 +13,7 @@ from hooklens.core.arguments import real, several
 from hooklens.core.errors import InputError
 from hooklens.data.regression import in_context_regression
 from hooklens.model.config import Causal, LinearScore, NoMask, NoPositions, VectorEmbed
-from hooklens.model.transformer import HookedTransformer
+from hooklens.model.transformer import HookedTransformer, need_hooked
 from hooklens.plugins.algorithmic.icl.best_steps import best_step
 from hooklens.plugins.algorithmic.icl.constructions import construct_descent
 from hooklens.plugins.algorithmic.icl.input_moments import uniform_moments
@@ -113,6 +113,7 @@ def weight_products(model: HookedTransformer) -> WeightProducts:
     >>> weight_products(construct_descent(GradientDescent(3.0), 2, 3)).values      # y times rate / n_points
     tensor([0., 0., 1.])
     """
+    need_hooked(model, "products of weights")
     _need_bilinear(model)
     with torch.no_grad():
         attn: Any = model.blocks[0].attn

@@ -56,6 +56,9 @@ def test_every_rule_finds_the_planted_frequencies(model, table):
     # circles of equal radius are one eigenspace, of which principal components are any rotation
     assert key.by("circles") == [] and set(key.scores["circles"].nonzero().flatten().add(1).tolist()) == set(KEYS)
     assert key.keys == KEYS and key.answers == P and "Nanda" in key.sources["neurons"]
+    counts = [row[2] for row in key.table().rows if row[0] in KEYS]
+    assert all(isinstance(count, int) for count in counts) and sum(counts) == int(key.scores["neurons"].sum())
+    assert find_key_frequencies(model, P, table=table).by_rule == key.by_rule
 
 
 @pytest.mark.parametrize(("p", "radii"), [(13, {2: 3.0, 5: 1.0}), (7, {3: 1.0}), (10, {2: 1.0, 3: 4.0})])

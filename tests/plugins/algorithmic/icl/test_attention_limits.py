@@ -86,6 +86,15 @@ def test_what_is_no_softmax_is_refused():
         kernel_weights(normal(1, 2), normal(1, 2), 0.0)
 
 
+def test_vectors_that_do_not_fit_are_refused():
+    with refused(HooklensError, r"vectors of one length.* got \[1, 2\] and \[1, 3\]"):
+        kernel_weights(normal(1, 2), normal(1, 3), 1.0)
+    with refused(HooklensError, r"a value for each of the 4 keys; got \[3, 2\]"):
+        smooth(normal(1, 2), normal(4, 2), normal(3, 2), 1.0)
+    with refused(HooklensError, "residual is a finite number of at least 0, got -1"):
+        collapse_bound(-1.0, 0.5, 4, 1)
+
+
 @settings(max_examples=30, deadline=None)
 @given(n=st.integers(1, 5), d=st.integers(1, 5), seed=st.integers(0, 99))
 def test_the_residual_is_the_distance_to_the_nearest_matrix_of_equal_rows(n, d, seed):
