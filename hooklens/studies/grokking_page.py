@@ -130,7 +130,7 @@ def _parts(report: Any, study: GrokkingStudy) -> None:
     if study.phases is not None:
         report.table(study.phases.table(), _phases_caption(study.phases))
     if study.norms is not None:
-        report.figure(study.norms.figure(), "The window between the dotted lines is the rise of the held-out accuracy.")
+        report.figure(study.norms.figure(), "The window between the dashed lines is the rise of the held-out accuracy.")
         report.table(study.norms.table(), study.norms.statement, study.norms.terms)
     report.figure(
         circuit.spectrum.figure(), "Numbers are embedded as waves of few frequencies if few components are large."

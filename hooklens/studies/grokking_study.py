@@ -307,7 +307,8 @@ def _costs(model: HookedTransformer, data: Modular, circuit: CircuitReadings, re
         implements = f"cosines of w_k (a + b - c), k = {used}: {explained:.1%} of the centred logits"
     name, value = f"modulo {data.p}, seed {data.seed}", float(regions.accuracy[0])
     pair = torch.tensor([[0, 0, data.p]], device=model.W_U.device)
-    return compare_costs([MeasuredModel(name, model, pair, "accuracy", value, implements)])
+    row = MeasuredModel(name=name, model=model, inputs=pair, measure="accuracy", value=value, implements=implements)
+    return compare_costs([row])
 
 
 def _halfway(run: Run, data: Modular, progress: Progress | None) -> tuple[int, TableRegions | None]:

@@ -19,7 +19,6 @@ from hooklens.plugins.algorithmic.fourier.progress_measures import task_of
 from hooklens.plugins.algorithmic.fourier.weight_spectra import measure_fourier_spectrum
 from hooklens.plugins.algorithmic.grokking.grokking_step import find_grokking
 from hooklens.plugins.algorithmic.grokking.modular_recipes import fast_recipe
-from hooklens.plugins.algorithmic.grokking.norm_drop import squared_weights
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import null_p
 from hooklens.studies.grokking_runs import folder_name, train_recipe
@@ -183,15 +182,15 @@ def compare_parsimony(runs: Sequence[Run]) -> Parsimony:
 
 def _measures(run: Run) -> Float[Tensor, "measure"]:
     """The measures of the last model; NaN for one that does not generalise."""
-    data, squares = task_of(run), squared_weights(run)[1][-1]
+    data, model = task_of(run), run.checkpoints()[-1].load()
+    squares = sum(float(weight.detach().double().square().sum()) for weight in model.parameters())
     if find_grokking(run).generalised_at is None:
-        return torch.tensor([torch.nan, torch.nan, torch.nan, float(squares)], dtype=torch.float64)
-    model = run.checkpoints()[-1].load()
+        return torch.tensor([torch.nan, torch.nan, torch.nan, squares], dtype=torch.float64)
     pairs = run_pairs(model, data)
     n_keys = len(find_key_frequencies(pairs).keys)
     size = find_smallest_set(pairs).size if pairs.loss < pairs.chance else None
     gini = measure_fourier_spectrum(model, data).gini_embedding
-    values = [float(n_keys), gini, torch.nan if size is None else float(size), float(squares)]
+    values = [float(n_keys), gini, torch.nan if size is None else float(size), squares]
     return torch.tensor(values, dtype=torch.float64)
 
 

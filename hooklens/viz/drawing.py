@@ -66,19 +66,40 @@ def log_axes(figure: go.Figure, log: str) -> go.Figure:
 def uniform_ticks(figure: go.Figure) -> go.Figure:
     """Write the numbers beside a logarithmic y axis in one way, powers of ten where decimals would be long.
 
-    Plotly's own powers are 10^-1 beside 1 and 10.
+    Plotly's own powers are 10^-1 beside 1 and 10. Along x, 2 and 5 between powers of ten: all nine digits would meet.
     """
+    if figure.layout.xaxis.type == "log":
+        across = _positive(figure, "x")
+        if across.size and 1 < np.log10(across.max() / across.min()) < 4.5:
+            figure.update_xaxes(dtick="D2")
     if figure.layout.yaxis.type != "log":
         return figure
-    drawn = np.concatenate([np.empty(0), *(np.asarray(trace.y, float) for trace in figure.data if trace.y is not None)])
-    drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
+    drawn = _positive(figure, "y")
     short = not drawn.size or (drawn.min() >= _SHORT[0] and drawn.max() <= _SHORT[1])
     return figure.update_yaxes(tickformat=_DECIMAL if short else _POWER)
+
+
+def _positive(figure: go.Figure, axis: str) -> np.ndarray:
+    """All numbers of the traces along an axis that a logarithm has."""
+    values = [np.asarray(trace[axis], float) for trace in figure.data if trace[axis] is not None]
+    drawn = np.concatenate([np.empty(0), *values])
+    return drawn[np.isfinite(drawn) & (drawn > 0)]
 
 
 def above_zero(array: np.ndarray, *, needed: bool) -> np.ndarray:
     """The values that a logarithmic axis can show; the others become gaps."""
     return np.where(array > 0, array, np.nan) if needed else array
+
+
+def mark_steps(figure: go.Figure, marks: Mapping[str, float]) -> go.Figure:
+    """Named vertical lines; names that would meet are written at different heights."""
+    log = figure.layout.xaxis.type == "log"
+    for i, (name, value) in enumerate((name, value) for name, value in marks.items() if value > 0 or not log):
+        note = {"text": label(name), "font": {"size": 11, "color": NEUTRAL}, "yshift": -16 * (i % 2)}
+        figure.add_vline(x=value, line={"color": NEUTRAL, "width": 1.2, "dash": "dash"}, annotation=note)
+        if log:  # as in `mark`
+            figure.layout.annotations[-1].x = float(np.log10(value))
+    return figure
 
 
 def mark(figure: go.Figure, marks: Mapping[str, float] | None) -> go.Figure:

@@ -1,13 +1,14 @@
 """Several figures combined into one, below each other."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from hooklens.viz.theme import template
 
-_GAP = 110  # pixels between two panels: a title, a one-row legend and the axis labels above
+_GAP = 128  # pixels between two panels: a title, a one-row legend and the axis labels and title above
 _ROW = 20  # pixels per additional row of a legend
 
 
@@ -39,19 +40,31 @@ def panels(figures: Sequence[go.Figure]) -> go.Figure:
         for trace in figure.data:
             drawn = go.Figure([trace]).data[0].update(legend=legend)
             drawn.showlegend = figure.layout.showlegend if trace.showlegend is None else trace.showlegend
-            if drawn.type == "heatmap":  # by default all colour bars lie upon each other, at the height of the page
-                drawn.colorbar.update(y=(bottom + top) / 2, yanchor="middle", len=top - bottom, lenmode="fraction")
+            # by default all colour bars lie upon each other, at the height of the page
+            for bar in [drawn.colorbar] if drawn.type == "heatmap" else _colour_bars(drawn):
+                bar.update(y=(bottom + top) / 2, yanchor="middle", len=top - bottom, lenmode="fraction")
             stacked.add_trace(drawn, row=row, col=1)
         for kind, update in (("x", stacked.update_xaxes), ("y", stacked.update_yaxes)):
             axis = figure.layout[f"{kind}axis"].to_plotly_json()
             update(row=row, col=1, **{name: value for name, value in axis.items() if name not in ("domain", "anchor")})
-        place = {"xref": "x domain", "yref": "y"} if row == 1 else {"xref": f"x{row} domain", "yref": f"y{row}"}
         for shape in figure.layout.shapes:
-            stacked.add_shape(shape.update(place))
+            stacked.add_shape(shape.update(_moved(shape, row)))
         for note in figure.layout.annotations:
-            stacked.add_annotation(note.update(place))
+            stacked.add_annotation(note.update(_moved(note, row)))
         stacked.update_layout({legend: {"orientation": "h", "x": 0, "y": top, "yanchor": "bottom", "xanchor": "left"}})
     return stacked
+
+
+def _colour_bars(trace: Any) -> list[Any]:
+    """The colour bar of points whose colour is a number."""
+    return [trace.marker.colorbar] if trace.type == "scatter" and trace.marker.colorbar.thickness else []
+
+
+def _moved(drawn: Any, row: int) -> dict[str, str]:
+    """The axes of a shape or a note, as those of a row."""
+    number = "" if row == 1 else str(row)
+    axes = {"xref": drawn.xref or "x", "yref": drawn.yref or "y"}
+    return {name: axis[0] + number + axis[1:] for name, axis in axes.items()}
 
 
 def _legend_rows(figure: go.Figure) -> int:

@@ -56,9 +56,8 @@ def test_the_costs_of_both_tracks_are_one_table(study):
     other = study_in_context({"by hand": by_hand}, hl.data.in_context_regression(2, (2, 3)), searched=False, tasks=16)
     table = hl.studies.join_costs([study, other]).table()
     assert [row[:2] for row in table.rows] == [("modulo 7, seed 0", "accuracy"), ("by hand", "MSE")]
-    assert table.rows[0][2] == float(study.regions.accuracy[0]) and table.rows[1][2] == float(
-        other.errors.errors.mean()
-    )
+    assert table.rows[0][2] == float(study.regions.accuracy[0])
+    assert table.rows[1][2] == float(other.errors.errors.mean())
     assert all(flops == counted for _, _, _, flops, counted, *_ in table.rows)
     with pytest.raises(HooklensError, match="studies of grokking or in-context learning, got None"):
         hl.studies.join_costs([None])

@@ -10,6 +10,7 @@ from nasty import NASTY
 
 from hooklens import viz
 from hooklens.core.errors import InputError
+from hooklens.viz.drawing import mark_steps
 from hooklens.viz.small_multiples import panels
 
 
@@ -47,12 +48,36 @@ def test_lines_may_have_their_own_places():
     assert [list(trace.x) for trace in figure.data] == [[0, 1, 2], [0, 2]]
 
 
-def test_stacked_heat_maps_have_their_colour_bars_beside_them():
-    both = panels([viz.heatmap(torch.rand(3, 3), title=name, colourbar=name) for name in "ab"])
-    spans = [(bar.y - bar.len / 2, bar.y + bar.len / 2) for bar in (trace.colorbar for trace in both.data)]
+def coloured(name):
+    return viz.scatter(torch.rand(3), torch.rand(3), title=name, colour=torch.rand(3), colourbar=name)
+
+
+@pytest.mark.parametrize("draw", [lambda name: viz.heatmap(torch.rand(3, 3), colourbar=name), coloured])
+def test_stacked_figures_have_their_colour_bars_beside_them(draw):
+    both = panels([draw(name) for name in "ab"])
+    bars = [trace.colorbar if trace.type == "heatmap" else trace.marker.colorbar for trace in both.data]
+    spans = [(bar.y - bar.len / 2, bar.y + bar.len / 2) for bar in bars]
     for span, axis in zip(spans, (both.layout.yaxis, both.layout.yaxis2), strict=True):
         assert span == pytest.approx(axis.domain)
     assert spans[1][1] < spans[0][0]
+
+
+def test_stacked_figures_keep_their_marks_on_their_own_axes():
+    steps = torch.tensor([1.0, 10.0, 100.0])
+    figure = viz.lines({"a": steps}, steps, log="x", marks={"level": 5.0})
+    both = panels([mark_steps(figure, {"memorised": 10.0, "never": 0.0}), mark_steps(figure, {})])
+    refs = [(shape.xref, shape.yref) for shape in both.layout.shapes]
+    assert refs[:2] == [("x domain", "y"), ("x", "y domain")]
+    assert refs[2:] == [("x2 domain", "y2"), ("x2", "y2 domain")]
+    note = next(note for note in both.layout.annotations if note.text == "memorised")
+    assert both.layout.shapes[1].x0 == 10 and note.x == 1 and note.xref == "x"  # lines by value, texts by its logarithm
+
+
+def test_a_few_decades_have_two_and_five_between_powers_of_ten():
+    ticks = [
+        viz.lines({"a": torch.ones(2)}, torch.tensor([1.0, end]), log="x").layout.xaxis.dtick for end in (5, 1e3, 1e6)
+    ]
+    assert ticks == [None, "D2", None]
 
 
 def test_panels_keep_logarithmic_axes():

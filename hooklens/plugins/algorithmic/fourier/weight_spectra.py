@@ -104,13 +104,15 @@ class FourierSpectrum(Result):
 
         ginis = {"W_E": self.gini_embedding, "W_L": self.gini_neuron_logit}
         titles = {"W_E": "embedding of the numbers (W_E)", "W_L": "neuron-to-logit map (W_L)"}
+        shown = range(0, self.modulus // 2 + 1, 1 if self.modulus < 40 else 5)  # every bar has its name when pointed at
         drawn = [
             bars(
                 norms,
                 labels=component_names(self.modulus),
                 title=f"Fourier components of the {titles[name]}: Gini {ginis[name]:.2f}",
+                x_title="frequency: its cosine, then its sine",
                 y_title="norm",
-            )
+            ).update_xaxes(tickvals=[2 * k - 0.5 for k in shown], ticktext=[str(k) for k in shown])
             for name, norms in self.spectra.items()
         ]
         return drawn[0] if len(drawn) == 1 else panels(drawn)

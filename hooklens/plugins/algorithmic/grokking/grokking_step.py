@@ -161,6 +161,7 @@ class GrokkingStep(Result):
     def figure(self) -> Any:
         """The grokking gap: both accuracies above both losses, against steps."""
         from hooklens.viz.curves import lines
+        from hooklens.viz.drawing import mark_steps
         from hooklens.viz.small_multiples import panels
 
         after = self.steps > 0  # step 0 has no place on a logarithmic axis
@@ -168,9 +169,8 @@ class GrokkingStep(Result):
         accuracies = {"training": self.train_accuracy[after], "held out": self.held_out_accuracy[after]}
         losses = {"training": self.train_loss[after], "held out": self.held_out_loss[after]}
         accuracy = lines(accuracies, at, title="Accuracy", x_title="step", y_title="share correct", log="x")
-        for name, step in (("memorised", self.memorised_at), ("generalised", self.generalised_at)):
-            if step:
-                accuracy.add_vline(x=step, line={"dash": "dot", "width": 1}, annotation={"text": name})
+        steps = {"memorised": self.memorised_at, "generalised": self.generalised_at}
+        accuracy = mark_steps(accuracy, {name: step for name, step in steps.items() if step})
         loss = lines(losses, at, title="Loss", x_title="step", y_title="nats", log="xy")
         return panels([accuracy, loss])
 

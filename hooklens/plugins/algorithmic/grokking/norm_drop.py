@@ -83,15 +83,14 @@ class NormDrops(Result):
         return Table(("kind", "seed", "before", "after", "drop"), rows).head(n)
 
     def figure(self) -> Any:
-        """The sum of squared weights against steps; the window is between the dotted lines."""
+        """The sum of squared weights against steps; the window is between the dashed lines."""
         from hooklens.viz.curves import lines
+        from hooklens.viz.drawing import mark_steps
 
         names = [f"{kind}, seed {seed}" for kind, seed in zip(self.kinds, self.seeds, strict=True)]
         values, at = dict(zip(names, self.squares, strict=True)), dict(zip(names, self.steps, strict=True))
         figure = lines(values, at, title="Weight norm", x_title="step", y_title="sum of squared weights", log="xy")
-        for step in (self.start, self.stop):
-            figure.add_vline(x=max(step, 1), line={"dash": "dot", "width": 1})
-        return figure
+        return mark_steps(figure, {"start": max(self.start, 1), "stop": self.stop})
 
     def _at(self, step: int) -> Float[Tensor, "run"]:
         """Interpolated between the stored points."""
