@@ -58,6 +58,7 @@ def main() -> None:
     options.add_argument("--solved-for", type=int, help="end so many epochs after the task is solved; else after all")
     options.add_argument("--checkpoints", type=int, default=60)
     options.add_argument("--no-controls", action="store_true")
+    options.add_argument("--control-seeds", type=int, nargs="+", help="only these seeds get controls; all of them else")
     options.add_argument("--device", default="cpu")
     options.add_argument("--jobs", type=int, default=1, help="processes at a time")
     options.add_argument("--threads", type=int, default=1, help="threads of each")
@@ -72,7 +73,8 @@ def main() -> None:
         with ProcessPoolExecutor(chosen.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
             times = list(pool.map(trained, jobs))
             if not chosen.no_controls:
-                controls = [control for job in jobs for control in controls_of(job)]
+                chosen_seeds = chosen.seeds if chosen.control_seeds is None else chosen.control_seeds
+                controls = [control for job in jobs if job.seed in chosen_seeds for control in controls_of(job)]
                 times += pool.map(trained, controls)
                 jobs += controls
             seconds = {(job.kind, job.seed): taken for job, taken in zip(jobs, times, strict=True)}
