@@ -131,14 +131,16 @@ def join_costs(studies: Sequence[Any]) -> CostTable:
     >>> len(join_costs([compare_costs([entry]), compare_costs([by_hand])]).table())
     2
     """
-    costs = [getattr(study, "costs", None) for study in studies]
-    tables = [rows.costs if isinstance(rows, CostTable) else rows for rows in costs]
-    for study, rows in zip(studies, tables, strict=True):
-        if not isinstance(rows, list):
+    rows: list[ModelCost] = []
+    for study in studies:
+        costs = getattr(study, "costs", None)
+        costs = costs.costs if isinstance(costs, CostTable) else costs
+        if not isinstance(costs, list):
             raise WrongType(f"join_costs takes studies of grokking or in-context learning, got {study!r:.80}")
-    if not tables:
+        rows += costs
+    if not rows:
         raise InputError("join_costs needs at least one study; got none")
-    return CostTable([row for rows in tables for row in rows])
+    return CostTable(rows)
 
 
 def _cost(entry: MeasuredModel) -> ModelCost:
