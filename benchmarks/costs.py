@@ -20,16 +20,12 @@ def main() -> None:
 
 
 def newest(topic: str) -> dict[str, Any]:
-    """The newest result of a benchmark, on any processor."""
-    files = [path for path in sorted(RESULTS.glob(f"*_{topic}_*.json")) if path.stem.split("_", 1)[1] in names(topic)]
+    """The newest result of a benchmark, on any processor: `grokking_fast_amd` is of another one than `grokking_amd`."""
+    files = sorted(RESULTS.glob(f"*_{topic}_*.json"))
+    files = [path for path in files if path.stem.split("_", 1)[1].rpartition("_")[0] == topic]
     if not files:
         raise SystemExit(f"there is no result of benchmarks.{topic} yet: run it first")
     return json.loads(files[-1].read_text()) | {"file": files[-1].name}
-
-
-def names(topic: str) -> list[str]:
-    """How the result of a topic is named after its date: `grokking_fast_amd` is another topic than `grokking_amd`."""
-    return [f"{topic}_{vendor}" for vendor in ("amd", "intel", "x86_64", "aarch64", "arm64")]
 
 
 def rows_of(tables: dict[str, Any]) -> list[dict[str, Any]]:

@@ -48,9 +48,9 @@ def panels(figures: Sequence[go.Figure]) -> go.Figure:
             axis = figure.layout[f"{kind}axis"].to_plotly_json()
             update(row=row, col=1, **{name: value for name, value in axis.items() if name not in ("domain", "anchor")})
         for shape in figure.layout.shapes:
-            stacked.add_shape(shape.update(_moved(shape, row)))
+            stacked.add_shape(shape.to_plotly_json() | _moved(shape, row))  # the figure given keeps its own
         for note in figure.layout.annotations:
-            stacked.add_annotation(note.update(_moved(note, row)))
+            stacked.add_annotation(note.to_plotly_json() | _moved(note, row))
         stacked.update_layout({legend: {"orientation": "h", "x": 0, "y": top, "yanchor": "bottom", "xanchor": "left"}})
     return stacked
 

@@ -69,6 +69,7 @@ def test_stacked_figures_keep_their_marks_on_their_own_axes():
     refs = [(shape.xref, shape.yref) for shape in both.layout.shapes]
     assert refs[:2] == [("x domain", "y"), ("x", "y domain")]
     assert refs[2:] == [("x2 domain", "y2"), ("x2", "y2 domain")]
+    assert [(shape.xref, shape.yref) for shape in figure.layout.shapes] == refs[:2]  # and can be stacked again
     note = next(note for note in both.layout.annotations if note.text == "memorised")
     assert both.layout.shapes[1].x0 == 10 and note.x == 1 and note.xref == "x"  # lines by value, texts by its logarithm
 
