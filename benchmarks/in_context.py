@@ -35,6 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--tiny", action="store_true", help="a few steps and prompts, which shows only that all runs")
     options.add_argument("--dry", action="store_true", help="print the result and write no file")
     chosen = options.parse_args(arguments)
+    if chosen.seeds < 1:
+        options.error(f"--seeds is how many seeds to train, from seed 0 on, at least 1; got {chosen.seeds}")
     torch.set_num_threads(chosen.threads)
     budget, tasks = (1e-6, 16) if chosen.tiny else (chosen.budget, chosen.tasks)
     rows, raw, minutes = [], {}, []

@@ -2,6 +2,7 @@
 
 import os
 
+import annotations
 from hypothesis import settings
 
 # Workers of `pytest -n auto` share the cores: with several threads each they wait for each other.
@@ -12,3 +13,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 settings.register_profile("reproducible", derandomize=True)
 settings.register_profile("explore", derandomize=False, print_blob=True)
 settings.load_profile("reproducible")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--annotations", action="store_true", help="execute every annotation of hooklens, with its shapes")
+
+
+def pytest_configure(config):
+    if config.getoption("--annotations"):
+        annotations.install()

@@ -25,7 +25,7 @@ from hooklens.studies.grokking_runs import folder_name, train_recipe
 from hooklens.training.training_run import Run
 
 MEASURES = ("key frequencies", "Gini of W_E", "smallest set", "squared weights")
-P, FRACTION, STEPS = 31, 0.4, 10_000  # so that 25 runs end within half an hour on 2 cores
+P, FRACTION, STEPS = 31, 0.5, 7_000  # so that 25 runs end within half an hour on 2 cores
 DECAYS = (0.3, 0.6, 1.0, 2.0, 4.0)
 _DRAWS = 9_999
 

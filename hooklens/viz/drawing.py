@@ -91,7 +91,7 @@ def above_zero(array: np.ndarray, *, needed: bool) -> np.ndarray:
     return np.where(array > 0, array, np.nan) if needed else array
 
 
-def mark_steps(figure: go.Figure, marks: Mapping[str, float]) -> go.Figure:
+def mark_steps(figure: go.Figure, marks: Mapping[str, int]) -> go.Figure:
     """Named vertical lines; names that would meet are written at different heights."""
     log = figure.layout.xaxis.type == "log"
     for i, (name, value) in enumerate((name, value) for name, value in marks.items() if value > 0 or not log):

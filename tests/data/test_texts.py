@@ -152,9 +152,10 @@ def test_200_megabytes_of_text_are_read_in_less_than_64(tmp_path):
     pages are resident too, so that only the process's own memory is compared behind them.
     """
     path, words = tmp_path / "long.txt", random.Random(0)
+    lines = [" ".join(words.choices(["to", "be", "or", "not", "that", "is", "question"], k=5000)) for _ in range(100)]
     with open(path, "w") as file:
         while file.tell() < 200_000_000:
-            file.write(" ".join(words.choices(["to", "be", "or", "not", "that", "is", "question"], k=5000)) + "\n")
+            file.write(words.choice(lines) + "\n")
     done = subprocess.run([sys.executable, "-c", READ, str(path)], capture_output=True, text=True, check=True)
     peak, n_tokens, own = map(int, done.stdout.split())
     assert n_tokens == path.stat().st_size > 200_000_000

@@ -1,5 +1,6 @@
 """Runs in processes of their own: killed at any instant, and two that share one batch."""
 
+import json
 import random
 import signal
 import subprocess
@@ -51,11 +52,35 @@ print("ended", flush=True)
 """
 
 
-def started(path, save_every, steps, *launcher, kill_after=-1, delay=0.0):
-    """A process that trains, and kills itself `delay` seconds after its step number `kill_after`."""
-    given = [path, save_every, steps, kill_after, delay]
-    command = [sys.executable, *(launcher or ("-c", RUN)), *map(str, given)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+# One interpreter imports, and forks a process for each run; it trains nothing itself, so that no thread is lost.
+FORKS = f"""
+import json, os, sys
+import torch, hooklens.data.modular, hooklens.testing, hooklens.training.loop
+
+for given in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    sys.argv[1:] = map(str, given)
+    status = 1
+    try:
+        exec({RUN!r}, {{"__name__": "__main__"}})
+        status = 0
+    finally:
+        os._exit(status)
+"""
+
+
+def given(path, save_every, steps, kill_after=-1, delay=0.0):
+    """The arguments of a run, which kills itself `delay` seconds after its step number `kill_after`."""
+    return [str(path), save_every, steps, kill_after, delay]
+
+
+def said(*command):
+    """What a command of Python prints, also as errors."""
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    return done.stdout, done.stderr
 
 
 def bits(path):
@@ -69,27 +94,25 @@ def test_killed_at_twenty_random_instants_and_resumed_is_bit_for_bit_the_uninter
     The child counts its steps and kills itself, so that the load of the machine changes neither how often a run is
     killed nor how far it gets in between: at most 30 steps, and those of the delay.
     """
-    output, error = started(tmp_path / "whole", 1e9, 400).communicate()
-    assert output == "ended\n", error
-    whole, draw = bits(tmp_path / "whole"), random.Random(0)
-    assert len(whole) == 8  # seven checkpoints and the state
+    runs, draw = [given(tmp_path / "whole", 1e9, 400)], random.Random(0)
     for attempt in range(4):
         path = tmp_path / f"run{attempt}"
-        for _ in range(5):
-            child = started(path, 0.01, 400, kill_after=draw.randrange(31), delay=draw.uniform(0, 0.02))
-            _, error = child.communicate()
-            assert child.returncode == -signal.SIGKILL, error
-        output, error = started(path, 0.01, 400).communicate()
-        assert output == "ended\n", error
-        assert bits(path) == whole, attempt
+        runs += [given(path, 0.01, 400, draw.randrange(31), draw.uniform(0, 0.02)) for _ in range(5)]
+        runs.append(given(path, 0.01, 400))
+    output, errors = said("-c", FORKS, json.dumps(runs))
+    assert output.split() == ["ended", "0", *4 * [*5 * [str(-signal.SIGKILL)], "ended", "0"]], errors
+    whole = bits(tmp_path / "whole")
+    assert len(whole) == 8  # seven checkpoints and the state
+    for attempt in range(4):
+        assert bits(tmp_path / f"run{attempt}") == whole, attempt
 
 
 def torchrun(path, text, count, steps):
     """What `count` processes print that run a script together."""
     path.mkdir()
     (path / "script.py").write_text(text)
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", str(path / "script.py"))
-    return started(path / "run", 1e9, steps, *launcher).communicate()
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", path / "script.py")
+    return said(*launcher, *given(path / "run", 1e9, steps))
 
 
 @pytest.mark.slow

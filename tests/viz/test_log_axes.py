@@ -65,7 +65,7 @@ def test_stacked_figures_have_their_colour_bars_beside_them(draw):
 def test_stacked_figures_keep_their_marks_on_their_own_axes():
     steps = torch.tensor([1.0, 10.0, 100.0])
     figure = viz.lines({"a": steps}, steps, log="x", marks={"level": 5.0})
-    both = panels([mark_steps(figure, {"memorised": 10.0, "never": 0.0}), mark_steps(figure, {})])
+    both = panels([mark_steps(figure, {"memorised": 10, "never": 0}), mark_steps(figure, {})])
     refs = [(shape.xref, shape.yref) for shape in both.layout.shapes]
     assert refs[:2] == [("x domain", "y"), ("x", "y domain")]
     assert refs[2:] == [("x2 domain", "y2"), ("x2", "y2 domain")]

@@ -400,7 +400,7 @@ def test_chosen_components_become_claims_beside_the_rest(tmp_path):
 @pytest.mark.slow
 def test_skewed_effects_of_mean_zero_are_seldom_called_causal(model):
     """Lognormal effects of mean 0 were called causal in 14 % (12 groups), by percentiles and sign flips."""
-    for n in (6, 8, 12, 20, 40):
+    for n in (6, 12, 40):
         generator, runs = torch.Generator().manual_seed(n), 400
         effects = torch.randn(runs, n, generator=generator, dtype=torch.float64).exp() - math.exp(0.5)
         controls = 0.01 * torch.randn(runs, n, generator=generator, dtype=torch.float64)
