@@ -9,17 +9,29 @@ import ast
 import dataclasses
 import functools
 import inspect
+import re
 import sys
 import types
 import typing
 from importlib.abc import MetaPathFinder
 from importlib.machinery import SourceFileLoader
 
-from beartype import beartype
-from jaxtyping import AbstractArray, jaxtyped
+from beartype import BeartypeConf, beartype
+from jaxtyping import AbstractArray, TypeCheckError, jaxtyped
 
 PACKAGE = "hooklens"
 _DECORATE = ast.parse("__import__('annotations').checked", mode="eval").body
+
+
+class Violation(TypeCheckError):
+    """With the words by which tests of refusals know that an annotation spoke first."""
+
+    def __init__(self, message: str) -> None:
+        named = re.sub(r"parameter (\w+)=", r"parameter '\1' = ", message, count=1)
+        super().__init__(f"Type-check error (TypeCheckError): {named}")
+
+
+_BEARTYPE = beartype(conf=BeartypeConf(violation_type=Violation))
 
 
 def checked(what):
@@ -41,7 +53,7 @@ def _checked_function(function):
     if inspect.isgeneratorfunction(function):
         read.pop("return", None)
     function.__annotations__ = read
-    found = beartype(function)
+    found = _BEARTYPE(function)
     function.__annotations__ = found.__annotations__ = written  # for those who look at the signature
     return _in_a_scope(found) if names_a_shape(read.values()) else found
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from annotations import checked
-from beartype.roar import BeartypeCallHintViolation
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, TypeCheckError
 from torch import Tensor
 
 HERE = Path(__file__).parent
@@ -45,7 +44,7 @@ class Pair:
     ],
 )
 def test_what_contradicts_an_annotation_is_refused(call):
-    with pytest.raises(BeartypeCallHintViolation):
+    with pytest.raises(TypeCheckError):
         call()
 
 
@@ -63,7 +62,7 @@ from hooklens.results.statistics import null_p
 try:
     null_p(torch.zeros(3), torch.zeros(5, 2))
 except Exception as error:
-    print(type(error).__module__)
+    print(type(error).__name__)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
-    assert done.stdout.startswith("beartype."), done
+    assert done.stdout == "Violation\n", done

@@ -1,5 +1,6 @@
 """Errors of trained models and of learners on the same fresh prompts, for each number of examples."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +33,7 @@ from hooklens.results.result import Result, Table
 
 OWN_STEP, SHARED_STEP, SHARED_MEAN = "best step at each length", "one step, summed", "one step, averaged"
 LEAST_SQUARES = "least squares"
+ROUNDING = 1e-9  # a smaller share of the error of answering 0 is none
 _RATE_LENGTHS = 8  # of the lengths, on which rates of several steps are searched; 2,000 data sets each take 20 seconds
 _AT_ONCE = 2048  # prompts in one pass
 
@@ -96,7 +98,8 @@ class ErrorsByLength(Result):
 
         values = {model: self.error_of(model) for model in self.models}
         values |= {OWN_STEP: self.averaged.own_errors, SHARED_STEP: self.summed.errors}
-        values[LEAST_SQUARES] = self.error_of(LEAST_SQUARES).clamp_min(1e-2 * self.zero)
+        least = self.error_of(LEAST_SQUARES)
+        values[LEAST_SQUARES] = least.where(least > ROUNDING * self.zero, math.nan)
         bands = {
             model: (self.errors[i] - 2 * self.standard_errors[i], self.errors[i] + 2 * self.standard_errors[i])
             for i, model in enumerate(self.models)

@@ -16,7 +16,7 @@ _INTRODUCTION = (
 )
 _BANDS = (
     "Bands are two standard errors wide on each side. The best step at each length may choose its rate anew; the "
-    "summed step has one rate for all. Least squares is drawn at no less than a hundredth of the error of the answer 0."
+    "summed step has one rate for all. Least squares ends where it has no error but rounding."
 )
 
 

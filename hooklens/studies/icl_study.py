@@ -34,6 +34,7 @@ from hooklens.plugins.algorithmic.icl import (
 from hooklens.results.result import Result, Table
 from hooklens.studies.icl_errors import (
     LEAST_SQUARES,
+    ROUNDING,
     OWN_STEP,
     SHARED_STEP,
     ErrorsByLength,
@@ -142,11 +143,12 @@ class ICLStudy(Result):
         zero, error, least = self.errors.zero, self._at(model), self._at(LEAST_SQUARES)
         best = float(self.errors.averaged.own_errors[self.errors.lengths == self.at][0])
         closest, _, _, share = self.comparisons[model].table(1).rows[0][:4]
+        left = f"{least / zero:.2g}" if least > ROUNDING * zero else "nothing but rounding"
         layers = self.depths[model]
         return (
             f"With {self.at} examples, {model} ({layers} {'layer' if layers == 1 else 'layers'}) leaves "
             f"{error / zero:.3g} of the variance unexplained, the best single step {best / zero:.3g}, least squares "
-            f"{least / zero:.2g}. By mean absolute difference, its answers are closest to those of "
+            f"{left}. By mean absolute difference, its answers are closest to those of "
             f"{closest} (mean squared difference {share:.3g} of their mean square)."
         )
 
