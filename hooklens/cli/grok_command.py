@@ -12,6 +12,7 @@ from hooklens.cli.output import show
 from hooklens.core.errors import ArgumentError, InputError, judge
 
 if TYPE_CHECKING:
+    from hooklens.data.modular import Modular
     from hooklens.studies.grokking_study import GrokkingStudy
     from hooklens.training.run_recipe import Recipe
 
@@ -43,6 +44,8 @@ class GrokOptions:
         """Raise for options that no run can have."""
         if self.seeds < 1:
             raise ArgumentError("{seeds} is how many runs to train, at least 1; got {0}", self.seeds)
+        if self.seed + self.seeds > 2**32:
+            raise ArgumentError("{seeds} count from {seed} {0} up to 2**32 - 1; got {1}", self.seed, self.seeds)
         self.recipe(self.seed)
 
 
@@ -107,18 +110,36 @@ def _check_source(run: Path | None, model: Path | None, options: GrokOptions, *,
         raise InputError(f"{source} trains nothing, so {given} would have no effect; leave them out")
 
 
+def _task_of(model: Path, options: GrokOptions) -> "Modular":
+    """The pairs a checkpoint was trained on: those of the run it lies in, or of the options for a file of its own."""
+    from hooklens.data.modular import modular_arithmetic
+    from hooklens.plugins.algorithmic.fourier.progress_measures import task_of
+
+    run = model.resolve().parent.parent
+    if not (run / "run.json").is_file():
+        asked = options.recipe(options.seed).data
+        return modular_arithmetic(asked["p"], fraction=asked["fraction"], seed=asked["seed"])
+    data = task_of(run)
+    for name, default in (("p", None), ("fraction", None), ("seed", 0)):
+        given, there = getattr(options, name), getattr(data, name)
+        if given not in (default, there):
+            raise InputError(
+                f"--model {str(model)!r} lies in a run that was trained on {name} = {there}, and --{name} {given} is "
+                "asked for; leave it out"
+            )
+    return data
+
+
 def _analysed(run: Path | None, model: Path | None, options: GrokOptions, device: Any) -> "GrokkingStudy":
     """The study of a run that is there, or of one model."""
-    from hooklens.data.modular import modular_arithmetic
     from hooklens.plugins.algorithmic.fourier.progress_measures import task_of
     from hooklens.pretrained.loading import load
     from hooklens.studies.grokking_study import study_grokked_model, study_grokking
     from hooklens.training.training_run import open_run
 
-    if run is None:
-        asked = options.recipe(options.seed).data
-        data = modular_arithmetic(asked["p"], fraction=asked["fraction"], seed=asked["seed"])
-        return study_grokked_model(load(str(model), device=device), data)
+    if model is not None:
+        return study_grokked_model(load(str(model), device=device), _task_of(model, options))
+    assert run is not None
     opened = open_run(run)
     trained_on = task_of(opened).p
     if options.p not in (None, trained_on):

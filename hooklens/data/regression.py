@@ -194,6 +194,8 @@ def in_context_regression(
         )
     if inputs not in list(_INPUTS):
         raise did_you_mean("distribution of inputs", str(inputs), _INPUTS)
+    if not isinstance(interleaved, bool):
+        raise ArgumentError("{interleaved} is True or False, got {0}", f"{interleaved!r:.60}")
     seed_number(seed)
     noise = real("noise", noise, 0.0)
     return InContextRegression(d, numbers, inputs, noise, interleaved, seed=seed, curriculum=int(curriculum))

@@ -75,7 +75,8 @@ def together(studies: Sequence[GrokkingStudy]) -> list[str]:
     said = [f"{n_grokked} of {len(runs)} seeds grokked."]
     counts = [len(study.circuit.frequencies) for study in studies]
     sets = {tuple(study.circuit.frequencies) for study in studies}
-    said.append(f"They use {min(counts)} to {max(counts)} key frequencies, in {len(sets)} different sets.")
+    if max(counts):
+        said.append(f"They use {min(counts)} to {max(counts)} key frequencies, in {len(sets)} different sets.")
     norms = [study.norms for study in studies if study.norms is not None]
     if norms:
         n_evidence = sum(norm.is_evidence for norm in norms)

@@ -103,7 +103,8 @@ class GrokkingStudy(Result):
     """One model that was trained on addition modulo p, and the run that trained it, where there is one.
 
     Without a run there is no grokking step, no progress over checkpoints, no phases and no norm. `halfway` has the
-    regions at the checkpoint whose held-out accuracy is closest to one half: where the table is learnt first.
+    regions at the checkpoint whose held-out accuracy is closest to one half: where the table is learnt first. `circuit`
+    and `regions` are those of the last checkpoint, after `circuit_step` steps.
     """
 
     terms = _TERMS
@@ -122,6 +123,7 @@ class GrokkingStudy(Result):
     norms: NormDrops | None = None
     halfway: TableRegions | None = None
     halfway_step: int = 0
+    circuit_step: int | None = None
 
     @property
     def is_published_setting(self) -> bool:
@@ -176,6 +178,11 @@ class GrokkingStudy(Result):
     def findings(self) -> list[str]:
         """What the numbers say, as sentences."""
         said = [] if self.grokking is None else [self.grokking.statement]
+        if self.circuit_step is not None and self.circuit_step < self.n_steps:
+            said.append(
+                f"What follows is the model of the last checkpoint, after step {self.circuit_step:,}; the run has "
+                f"taken {self.n_steps:,}."
+            )
         said.append(_circuit_sentence(self.circuit))
         said += _causal_sentences(self.circuit)
         if self.norms is not None:
@@ -198,7 +205,10 @@ def study_grokking(run: Run | str | os.PathLike, *, controls: Mapping[str, Run] 
     check_table_size(data.p, data.fraction)
     kept = run.checkpoints()
     if not kept:
-        raise InputError(f"the run in {str(run.path)!r} has no checkpoint yet; wait for its first steps")
+        raise InputError(
+            f"the run in {str(run.path)!r} has no checkpoint: wait for its first steps, or, where its checkpoints were "
+            "removed, train again in another folder"
+        )
     grokking, model = find_grokking(run), kept[-1].load()
     circuit = read_circuit(model, data)
     progress = measure_progress(run, frequencies=circuit.frequencies) if circuit.frequencies else None
@@ -215,6 +225,7 @@ def study_grokking(run: Run | str | os.PathLike, *, controls: Mapping[str, Run] 
         fraction=data.fraction,
         weight_decay=_weight_decay(run.identity["settings"]["optimizer"]),
         n_steps=run.steps_done,
+        circuit_step=kept[-1].step,
         circuit=circuit,
         regions=regions,
         costs=_costs(model, data, circuit, regions),

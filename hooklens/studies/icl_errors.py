@@ -46,7 +46,8 @@ class ErrorsByLength(Result):
 
     `excess` is how far a model's error lies above that of the best step at this length, as a share of the best step's
     exact error. It is a mean of differences on the same prompts, whose errors are mostly the same, so that its standard
-    error is far smaller than that of the error itself.
+    error is far smaller than that of the error itself. `above` and its standard errors are such differences, in units
+    of the error, to the two steps that are the same for all lengths: that for sums over examples, and that for means.
     """
 
     baselines = ("zero", "tasks")
@@ -58,6 +59,8 @@ class ErrorsByLength(Result):
     standard_errors: ByLength
     excess: ByLength
     excess_errors: ByLength
+    above: Float[Tensor, "step model length"]
+    above_errors: Float[Tensor, "step model length"]
     learners: list[str]
     learner_errors: Float[Tensor, "learner length"]
     summed: BestStep
@@ -75,12 +78,11 @@ class ErrorsByLength(Result):
     def mean_excess(self, model: str, of: BestStep) -> tuple[float, float]:
         """How far the model's mean error over all lengths is above that of a shared step, and its standard error.
 
-        Both as shares of the exact mean error of that step.
+        On the same prompts, both as shares of the exact mean error of that step: `summed` or `averaged`.
         """
-        own, i = of.own_errors.double(), self.models.index(model)
-        above = (own * self.excess[i]).mean() + own.mean() - of.errors.mean()
-        spread = (own * self.excess_errors[i]).square().sum().sqrt() / len(own)
-        return float(above / of.errors.mean()), float(spread / of.errors.mean())
+        step, i, scale = int(of.mean), self.models.index(model), float(of.errors.mean())
+        spread = self.above_errors[step, i].square().sum().sqrt() / len(self.lengths)
+        return float(self.above[step, i].mean()) / scale, float(spread) / scale
 
     def table(self, n: int | None = None) -> Table:
         """One row a length: the models with their standard errors, then the learners."""
@@ -144,14 +146,18 @@ def measure_errors(
     for k in ks:
         prompts = draw_prompts(replace(data, n_points=k, curriculum=0), whole("tasks", tasks, 2), seed=1000 * seed + k)
         own = averaged.own_learner(k)
-        columns.append(_column(models, {OWN_STEP: own, **shared}, prompts))
+        steps = [own, summed.learner(), averaged.learner()]
+        columns.append(_column(models, steps, {OWN_STEP: own, **shared}, prompts))
     stacked = {name: torch.stack([column[name] for column in columns], -1) for name in columns[0]}
+    (own_above, *above), (own_error, *above_errors) = stacked.pop("above"), stacked.pop("above_errors")
     return ErrorsByLength(
         lengths=torch.tensor(ks),
         tasks=tasks,
         models=list(models),
-        excess=stacked.pop("above") / averaged.own_errors,
-        excess_errors=stacked.pop("above_error") / averaged.own_errors,
+        excess=own_above / averaged.own_errors,
+        excess_errors=own_error / averaged.own_errors,
+        above=torch.stack(above),
+        above_errors=torch.stack(above_errors),
         learners=[OWN_STEP, *shared],
         summed=summed,
         averaged=averaged,
@@ -193,19 +199,23 @@ def searched_learners(data: InContextRegression, lengths: Sequence[int], *, draw
 
 
 def _column(
-    models: Mapping[str, HookedTransformer], learners: Mapping[str, Learner], prompts: RegressionPrompts
+    models: Mapping[str, HookedTransformer],
+    steps: Sequence[Learner],
+    learners: Mapping[str, Learner],
+    prompts: RegressionPrompts,
 ) -> dict[str, Tensor]:
-    """Mean errors at one length, and those of the models above the best step's, prompt by prompt."""
+    """Mean errors at one length, and those of the models above those of single steps, prompt by prompt."""
     squares = {name: _answers(model, prompts).sub(prompts.target).square() for name, model in models.items()}
     known = {name: _learned(learner, prompts).sub(prompts.target).square() for name, learner in learners.items()}
     per_task = torch.stack(list(squares.values())).double()
-    above = per_task - known[OWN_STEP].double()
+    single = torch.stack([_learned(step, prompts).sub(prompts.target).square() for step in steps]).double()
+    above = per_task - single[:, None]
     root = len(prompts) ** 0.5
     return {
         "errors": per_task.mean(1),
         "standard_errors": per_task.std(1) / root,
-        "above": above.mean(1),
-        "above_error": above.std(1) / root,
+        "above": above.mean(-1),
+        "above_errors": above.std(-1) / root,
         "learner_errors": torch.stack(list(known.values())).double().mean(1),
     }
 

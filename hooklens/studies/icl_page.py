@@ -60,7 +60,10 @@ def _terms(study: "ICLStudy") -> dict[str, str]:
 
 
 def _costed(study: "ICLStudy") -> str:
-    return f"A prompt of {study.at} examples. MSE over all numbers of examples; the last column is the closest learner."
+    own = (
+        "" if study.fixed is None else f", of {int(study.fixed.lengths[0])} for fixed, which was trained on these alone"
+    )
+    return f"A prompt of {study.at} examples{own}. MSE over all numbers of examples of the training."
 
 
 def _attention(report: "Report", study: "ICLStudy") -> None:
@@ -70,7 +73,8 @@ def _attention(report: "Report", study: "ICLStudy") -> None:
         report.figure(
             attention.figure(),
             f"{name}, {attention.head}: slope {attention.slope:.3g}, R^2 within a prompt {attention.r2_within:.3f}; "
-            f"products with the points of another prompt explain {attention.random_r2:.3f}.",
+            f"products with the points of another prompt explain {attention.random_r2:.3f}. The rows of the "
+            "examples do not reach the answer, and are left out.",
         )
     for name, compared in study.kernels.items():
         report.table(compared.table(), f"{name}: the pattern beside a kernel smoother.", KernelComparison.terms)

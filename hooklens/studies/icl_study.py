@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hooklens.core.arguments import whole
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, WrongType
 from hooklens.data.regression import InContextRegression
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.algorithmic.cost_table import CostTable, MeasuredModel, compare_costs
@@ -34,8 +34,8 @@ from hooklens.plugins.algorithmic.icl import (
 from hooklens.results.result import Result, Table
 from hooklens.studies.icl_errors import (
     LEAST_SQUARES,
-    ROUNDING,
     OWN_STEP,
+    ROUNDING,
     SHARED_STEP,
     ErrorsByLength,
     known_learners,
@@ -45,6 +45,7 @@ from hooklens.studies.icl_errors import (
 
 _COMPARED = 512  # prompts of a comparison of answers and gradients
 _RUN = 64  # prompts whose activations are kept
+_CLOSE = 0.1  # of the mean square of a learner's answers: with more, answers are not called close to it
 _GAP_DRAWS = 2000  # data sets on which the best rates of each depth are searched; seconds
 
 
@@ -99,16 +100,16 @@ class ICLStudy(Result):
         said = [] if self.fixed is None else [self._fixed_finding(self.fixed)]
         said += [self._step_finding(model) for model in self.errors.models if self.depths[model] == 1]
         said += [self._gap_finding(model) for model in self.errors.models]
-        return said if self.gap is None else [*said, f"The best learners by depth: {self.gap.sentence}."]
+        return said if self.gap is None else [*said, f"Learners by depth, with searched rates: {self.gap.sentence}."]
 
     def _fixed_finding(self, fixed: ErrorsByLength) -> str:
         k, excess, error = int(fixed.lengths[0]), float(fixed.excess[0, 0]), float(fixed.excess_errors[0, 0])
         cosine = _named(self.comparisons["fixed"], OWN_STEP, "cosine")
         verdict = "within 2 %" if abs(excess) < 0.02 else "NOT within 2 %"
         return (
-            f"Trained at {k} examples alone, linear attention has an error {excess:+.2%} (standard error {error:.2%}) "
-            f"from that of the best step of gradient descent there: {verdict}. The cosine of their gradients by the "
-            f"query is {cosine:.4f}."
+            f"Trained at {k} examples alone, linear attention (fixed in the tables) has an error {excess:+.2%} "
+            f"(standard error {error:.2%}) from that of the best step of gradient descent there: {verdict}. The cosine "
+            f"of their gradients by the query is {cosine:.4f}."
         )
 
     def _step_finding(self, model: str) -> str:
@@ -117,11 +118,11 @@ class ICLStudy(Result):
         compared, heads = self.comparisons[model], self._heads(model)
         explained = " and ".join(f"{head.r2_within:.1%}" for head in heads)
         return (
-            f"Over all numbers of examples, {model} has an error {excess:+.1%} (standard error {error:.1%}) from that "
-            f"of the best single step of this mixture on the summed loss, and {averaged:+.1%} from that on the mean "
+            f"Over all numbers of examples, {model} has an error {excess:+.2%} (standard error {error:.2%}) from that "
+            f"of the best single step of this mixture on the summed loss, and {averaged:+.2%} from that on the mean "
             f"loss. With {self.at} examples the cosine of its gradients with those of the summed step is "
             f"{_named(compared, SHARED_STEP, 'cosine'):.4f}, and inner products explain {explained} of the variance of "
-            f"its attention scores within a prompt.{self._kernel_finding(model)}"
+            f"the query's attention scores within a prompt.{self._kernel_finding(model)}"
         )
 
     def _heads(self, model: str) -> list[AttentionRegression]:
@@ -140,16 +141,17 @@ class ICLStudy(Result):
         return f" The distance of its patterns is {away} from {smoother}."
 
     def _gap_finding(self, model: str) -> str:
-        zero, error, least = self.errors.zero, self._at(model), self._at(LEAST_SQUARES)
-        best = float(self.errors.averaged.own_errors[self.errors.lengths == self.at][0])
-        closest, _, _, share = self.comparisons[model].table(1).rows[0][:4]
-        left = f"{least / zero:.2g}" if least > ROUNDING * zero else "nothing but rounding"
+        """What is left with `at` examples beside learners, all on the same prompts."""
+        zero = self.errors.zero
+        error, least, own, shared = (self._at(name) / zero for name in (model, LEAST_SQUARES, OWN_STEP, SHARED_STEP))
+        spread = self.errors.standard_errors[self.errors.models.index(model)][self.errors.lengths == self.at][0] / zero
         layers = self.depths[model]
+        left = f"{least:.2g}" if least > ROUNDING else "nothing but rounding"
         return (
-            f"With {self.at} examples, {model} ({layers} {'layer' if layers == 1 else 'layers'}) leaves "
-            f"{error / zero:.3g} of the variance unexplained, the best single step {best / zero:.3g}, least squares "
-            f"{left}. By mean absolute difference, its answers are closest to those of "
-            f"{closest} (mean squared difference {share:.3g} of their mean square)."
+            f"With {self.at} examples, {model} ({layers} {'layer' if layers == 1 else 'layers'}) leaves {error:.3g} "
+            f"(standard error {spread:.1g}) of the variance unexplained; on the same prompts the best step of the "
+            f"mixture leaves {shared:.3g}, the best step with a rate for {self.at} examples {own:.3g}, least squares "
+            f"{left}. By mean absolute difference, its answers are {said_closest(self.comparisons[model])}."
         )
 
     def report(self) -> Any:
@@ -157,6 +159,13 @@ class ICLStudy(Result):
         from hooklens.studies.icl_page import icl_report
 
         return icl_report(self)
+
+
+def said_closest(compared: LearnerComparison) -> str:
+    """The learner that the answers are closest to, or that they are close to none."""
+    closest, _, _, share, cosine = compared.table(1).rows[0][:5]
+    near = f"closest to those of {closest}" if share < _CLOSE else f"close to no learner; the nearest is {closest}"
+    return f"{near} (mean squared difference {share:.3g} of its mean square, cosine of gradients {cosine:.4f})"
 
 
 def study_in_context(
@@ -188,6 +197,8 @@ def study_in_context(
     at = lengths[len(lengths) // 2] if at is None else whole("at", at, 1)
     if at not in lengths:
         raise InputError(f"at is one of the numbers of examples of the data, {lengths[0]} to {lengths[-1]}; got {at}")
+    if not isinstance(models, Mapping):
+        raise WrongType(f"study_in_context takes models by name, such as {{'mine': model}}; got {models!r:.60}")
     if not models:
         raise InputError("study_in_context needs at least one model, by name; got none")
     learners = known_learners(data, lengths) | (searched_learners(data, lengths, draws=tasks) if searched else {})
@@ -265,14 +276,13 @@ def _cost(
     comparisons: Mapping[str, LearnerComparison],
 ) -> MeasuredModel:
     """A row of the table of costs; what a model implements is said by the learner that its answers are closest to."""
-    closest, _, _, share, cosine = comparisons[name].table(1).rows[0][:5]
     return MeasuredModel(
         name=name,
         model=model,
         inputs=prompts.tokens().to(model.W_U),
         measure="MSE",
         value=float(errors.error_of(name).mean()),
-        implements=f"closest to {closest}: difference {share:.3g} of its mean square, cosine {cosine:.4f}",
+        implements=said_closest(comparisons[name]),
     )
 
 

@@ -153,5 +153,7 @@ def open_run(path: str | os.PathLike) -> Run:
     """The run in a folder, finished or under way."""
     folder = RunFolder(path_of(path, "run"))
     if not folder.exists:
-        raise InputError(f"{str(path)!r} holds no run of hl.train (no run.json); give the folder of one")
+        below = [str(inner.parent) for inner in sorted(folder.path.glob("*/run.json"))[:3]]
+        better = f"give one of those in it, such as {below[0]!r}" if below else "give the folder of one"
+        raise InputError(f"{str(path)!r} holds no run of hl.train (no run.json); {better}")
     return Run(folder.path)

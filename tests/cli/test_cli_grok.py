@@ -29,6 +29,11 @@ def test_a_run_writes_a_page_and_says_that_it_did_not_grok(made):
     assert [study["class"] for study in held] == ["GrokkingStudy"]
 
 
+def findings(done):
+    """What a command printed before the names of its files."""
+    return done.stdout.partition("\nreport")[0]
+
+
 def test_the_same_command_goes_on_and_the_run_and_its_model_are_analysed(made, tmp_path):
     folder, told = made
     again = invoke("grok", *SMALL, "--runs", folder / "runs", "--out", tmp_path / "a.html", "--json")
@@ -39,6 +44,16 @@ def test_the_same_command_goes_on_and_the_run_and_its_model_are_analysed(made, t
     model = sorted((run / "checkpoints").iterdir())[-1]
     alone = invoke("grok", "--model", model, *SMALL[:4], "--out", tmp_path / "c.html")
     assert alone.exit_code == 0 and "held-out accuracy" in alone.stdout and "verdict" not in alone.stdout
+    beside = invoke("grok", "--model", model, "--out", tmp_path / "e.html")  # its run says which pairs
+    assert beside.exit_code == 0 and findings(beside) == findings(alone)
+    moved = tmp_path / "moved.safetensors"
+    moved.write_bytes(model.read_bytes())
+    elsewhere = invoke("grok", "--model", moved, *SMALL[:4], "--out", tmp_path / "f.html")
+    assert elsewhere.exit_code == 0 and findings(elsewhere) == findings(alone)
+    seeded = invoke("grok", "--model", model, "--seed", 3, "--out", tmp_path / "d.html")
+    assert seeded.exit_code == cli.BAD_INPUT and "trained on seed = 0, and --seed 3 is asked for" in seeded.stderr
+    above = invoke("grok", "--run", folder / "runs" / "p5_fraction0.6_decay1_seed0", "--out", tmp_path / "d.html")
+    assert above.exit_code == cli.BAD_INPUT and f"such as {str(run)!r}" in above.stderr.replace("\n", "")
     assert "\nseed 0, finding 1: " in alone.stdout and "\nseed 0, finding 2: " in alone.stdout
     other = invoke("grok", "--run", run, "--p", 7, "--out", tmp_path / "d.html")
     assert other.exit_code == cli.BAD_INPUT and "was trained on p = 5, and --p 7 is asked for" in other.stderr

@@ -132,6 +132,8 @@ def join_costs(studies: Sequence[Any]) -> CostTable:
     2
     """
     rows: list[ModelCost] = []
+    if isinstance(studies, str) or not isinstance(studies, Sequence):
+        raise WrongType(f"join_costs takes a list of studies, such as [study]; got {studies!r:.60}")
     for study in studies:
         costs = getattr(study, "costs", None)
         costs = costs.costs if isinstance(costs, CostTable) else costs

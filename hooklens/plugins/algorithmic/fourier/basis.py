@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import several, whole
-from hooklens.core.errors import ArgumentError
+from hooklens.core.errors import ArgumentError, InputError
 
 Values = Float[Tensor, "p *rest"]
 Table = Float[Tensor, "a b *rest"]
@@ -28,6 +28,8 @@ def fourier_basis(p: int, *, dtype: torch.dtype = torch.float64) -> Float[Tensor
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 4.
     """
     whole("p", p, 2)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"waves need numbers with a point, such as torch.float64; got {dtype}")
     n, k = torch.arange(p), torch.arange(1, p // 2 + 1)
     angles = 2 * math.pi / p * (k[:, None] * n % p).double()  # k n is reduced first, so that large products stay exact
     waves = torch.stack([angles.cos(), angles.sin()], 1).flatten(0, 1)[: p - 1]
@@ -105,7 +107,7 @@ def keep_single_frequencies(values: Table, frequencies: Iterable[int]) -> Table:
     True
     """
     basis, kept = _basis_for(values, 0), torch.zeros_like(values)
-    for k in frequencies:
+    for k in _some(frequencies, len(values)):
         rows = torch.cat([basis[:1], basis[2 * k - 1 : 2 * k + 1]])
         by_a = torch.tensordot(rows, values, dims=1)
         terms = torch.tensordot(rows, by_a, dims=([1], [1])).movedim(0, 1)
@@ -143,7 +145,9 @@ def keep_frequencies(values: Values, frequencies: Iterable[int]) -> Values:
     >>> bool(torch.allclose(keep_frequencies(1 + wave, [3]), wave))
     True
     """
-    chosen = torch.isin(component_frequencies(len(values)), torch.tensor(list(frequencies), dtype=torch.long))
+    chosen = torch.isin(
+        component_frequencies(len(values)), torch.tensor(_some(frequencies, len(values)), dtype=torch.long)
+    )
     rows = _basis_for(values, 0)[chosen.to(values.device)]
     return torch.tensordot(rows.T, torch.tensordot(rows, values, dims=1), dims=1)
 
@@ -174,6 +178,12 @@ def checked_frequencies(frequencies: Any, p: int) -> list[int]:
             "{frequencies} are whole numbers from 1 to p // 2 = {0} for p = {1}, got {2}", p // 2, p, f"{given!r:.80}"
         )
     return sorted({int(f) for f in given})
+
+
+def _some(frequencies: Iterable[int], p: int) -> list[int]:
+    """The frequencies, which may be none."""
+    given = frequencies if isinstance(frequencies, Integral) else list(frequencies)
+    return [] if given == [] else checked_frequencies(given, p)
 
 
 def _basis_for(values: Tensor, dim: int) -> Float[Tensor, "component p"]:

@@ -110,6 +110,10 @@ def patch_neurons(
     """
     p, (clean, corrupted) = modulus_of(data), _checked(clean, corrupted, modulus_of(data))
     neurons = classify_neurons(model, data, layer=layer) if neurons is None else neurons
+    if neurons.modulus != p:
+        raise InputError(
+            f"neurons were classified modulo {neurons.modulus}, and data are modulo {p}; leave neurons out"
+        )
     answers, others = (pairs.sum(1) % p for pairs in (clean, corrupted))
     prompts = pair_prompts(model, p).view(p, p, -1)
     runs = [prompts[pairs[:, 0], pairs[:, 1]] for pairs in (clean, corrupted)]

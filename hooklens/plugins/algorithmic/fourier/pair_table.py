@@ -215,6 +215,11 @@ def modulus_of(data: Task) -> int:
             f"the Fourier analysis here is that of a + b, and this task is a {data.operation} b; train with "
             "operation='+', or rename b (a - b is a + b with -b for b)"
         )
+    if isinstance(data, Modular) and data.shuffled:
+        raise InputError(
+            "the Fourier analysis here is that of a + b, and the answers of this control are shuffled; its weights and "
+            f"logits can be read all the same with p = {data.p} in place of the data"
+        )
     if not isinstance(data, Modular) and (isinstance(data, bool) or not isinstance(data, int)):
         raise WrongType(f"data is hl.data.modular_arithmetic(...) or p, got {data!r:.60}")
     return whole("p", data.p if isinstance(data, Modular) else data, 2)
@@ -229,7 +234,7 @@ def need_model(model: Any, p: int) -> HookedTransformer:
     if cfg.d_vocab not in (p, p + 1):
         raise InputError(
             f"addition modulo {p} has the tokens 0 to {p - 1} and perhaps '=', and this model has d_vocab "
-            f"{cfg.d_vocab}: it was trained on another p; give p={cfg.d_vocab - 1}, or {cfg.d_vocab} if it has no '='"
+            f"{cfg.d_vocab}: it was trained on another p, on {cfg.d_vocab - 1}, or {cfg.d_vocab} if it has no '='"
         )
     if cfg.d_vocab_out < p:
         raise InputError(

@@ -137,6 +137,8 @@ def correct_pairs(model: HookedTransformer, data: Modular) -> Pairs:
     with torch.no_grad():
         for inputs, targets in zip(batch.inputs.split(_ROWS), batch.targets.split(_ROWS), strict=True):
             logits = model(inputs, logits_at=-1)
+            if not bool(logits.isfinite().all()):
+                raise InputError("some logits are not finite; use a checkpoint from before training diverged")
             right.append(logits[:, -1].argmax(-1) == targets[:, -1])
     return torch.cat(right).view(data.p, data.p).cpu()
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,15 +22,16 @@ from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result
 
 AtQuery = Float[Tensor, "task point"]
-Square = Float[Tensor, "token token"]
+_SHOWN = 24  # prompts of the heat maps
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionRegression(Result):
-    """Scores A = q k / scale of the query's row against <x_i, x_query>, and both matrices of the first prompt.
+    """Scores A = q k / scale of the query's row against <x_i, x_query>.
 
-    `r2` counts all variance of the scores; `r2_within` the variance between points of the same prompt, which is all
-    that a softmax sees. `random_r2` is that of the products with points of another prompt.
+    The rows of the examples are left out: they do not answer. `r2` counts all variance of the scores; `r2_within` the
+    variance between points of the same prompt, which is all that a softmax sees. `random_r2` is that of the products
+    with points of another prompt.
     """
 
     head: str
@@ -42,17 +42,17 @@ class AttentionRegression(Result):
     random_r2: float
     scores: AtQuery
     products: AtQuery
-    first_scores: Square
-    first_products: Square
 
     def figure(self) -> Any:
-        """Heat maps of the scores and of the inner products of the first prompt, the query last."""
+        """Heat maps of the query's scores and of its inner products, one row a prompt."""
         from hooklens.viz.figures import heatmap
         from hooklens.viz.small_multiples import panels
 
-        axes: dict[str, Any] = {"x_title": "key point", "y_title": "query point"}
-        scores = heatmap(self.first_scores, title=f"Scores of {self.head}", colourbar="score", **axes)
-        return panels([scores, heatmap(self.first_products, title="Inner products", colourbar="product", **axes)])
+        axes: dict[str, Any] = {"x_title": "example", "y_title": "prompt"}
+        shown, products = self.scores[:_SHOWN], self.products[:_SHOWN]
+        scores = heatmap(shown, title=f"Scores of {self.head} at the query", colourbar="score", **axes)
+        title = "Inner products with the query"
+        return panels([scores, heatmap(products, title=title, colourbar="product", **axes)])
 
 
 def regress_attention(
@@ -61,8 +61,7 @@ def regress_attention(
     """How well do inner products with the query explain the attention scores of a head?
 
     In one step of gradient descent the score is proportional to <x_i, x_query>: R^2 is 1. Of interleaved prompts the
-    keys are the tokens of the answers, which an earlier layer may have given their point; the matrix of the first
-    prompt is that of the points' own tokens.
+    keys are the tokens of the answers, which an earlier layer may have given their point.
 
     >>> from hooklens.plugins.algorithmic.icl.constructions import construct_descent
     >>> from hooklens.plugins.algorithmic.icl.learners import GradientDescent
@@ -81,13 +80,9 @@ def regress_attention(
     vectors = read_scored_vectors(model, prompts.tokens().to(model.dtype), [layer])
     q, k = (part[:, head].to(prompts.query) for part in vectors[0])
     attn: Any = model.blocks[layer].attn
-    every = q @ k.mT / attn.scale
-    xs, n = torch.cat([prompts.points, prompts.query[:, None]], 1), prompts.n_points
-    inner = xs @ xs.mT
-    first, last = every[0], every[:, -1:]
-    if prompts.interleaved:
-        first, last = every[0, ::2, ::2], every[:, -1:, 1::2]
-    scores, products = last[:, 0, :n], inner[:, -1, :n]
+    at_query = (q[:, -1:] @ k.mT / attn.scale)[:, 0]
+    scores = at_query[:, 1::2] if prompts.interleaved else at_query[:, :-1]
+    products = (prompts.points @ prompts.query[:, :, None])[..., 0]
     slope, intercept, r2 = _line(products, scores)
     centred = [part - part.mean(1, keepdim=True) for part in (products, scores)]
     return AttentionRegression(
@@ -99,8 +94,6 @@ def regress_attention(
         random_r2=_line(products.roll(1, 0), scores)[2],
         scores=scores,
         products=products,
-        first_scores=first,
-        first_products=inner[0],
     )
 
 

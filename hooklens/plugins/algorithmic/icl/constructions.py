@@ -54,7 +54,8 @@ def construct_descent(
     Reference: von Oswald et al. (2023), proposition 1 and appendix A.10 (GD++); Ahn et al. (2023), theorem 1 (P).
     """
     steps = _steps(learner, whole("d", d, 1))
-    share = 1 / whole("n_points", n_points, 1) if getattr(learner, "mean", True) else 1.0
+    n_points = whole("n_points", n_points, 1)
+    share = 1 / n_points if getattr(learner, "mean", True) else 1.0
     model = _blank(len(steps), d, n_points, n_points + 1 if n_ctx is None else whole("n_ctx", n_ctx, 1)).to(dtype)
     blocks: Any = model.blocks
     with torch.no_grad():

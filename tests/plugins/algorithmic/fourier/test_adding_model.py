@@ -191,7 +191,7 @@ def test_the_smallest_and_even_moduli(p):
 @pytest.mark.parametrize(
     ("changes", "data", "seen"),
     [
-        ({"d_vocab": 12}, 13, "another p; give p=11"),
+        ({"d_vocab": 12}, 13, "another p, on 11, or 12"),
         ({"d_vocab": 14}, modular_arithmetic(p=12), "d_vocab 14"),
         ({"d_vocab": 8, "d_vocab_out": 6}, 7, "6 outputs"),
         ({"d_vocab": 8, "n_ctx": 1}, 7, "n_ctx 1"),
@@ -225,3 +225,10 @@ def test_other_wrong_arguments():
         patch_neurons(model, 7, [[1, 7]], [[2, 1]])
     with refused(InputError, says="no Fourier circuit"):
         read_sum_directions(tiny_model(d_vocab=14), 13)
+
+
+def test_shuffled_answers_have_no_analysis_of_sums():
+    """The losses were those of a + b, beside the accuracy of the shuffled answers."""
+    data = modular_arithmetic(7, fraction=0.5, shuffled=True)
+    with pytest.raises(InputError, match="answers of this control are shuffled; .* with p = 7 in place of the data"):
+        run_pairs(tiny_model(d_vocab=8), data)

@@ -91,3 +91,15 @@ def test_frequencies_that_are_none_are_refused(given):
         checked_frequencies(given, 7)
     assert checked_frequencies(torch.tensor([3, 1, 3]), 7) == [1, 3]
     assert checked_frequencies(range(1, 3), 7) == [1, 2]
+
+
+def test_parts_of_frequencies_that_are_none_are_refused():
+    """A repeat counted twice, 9 of p = 7 gave 0, and whole numbers became a basis of zeros."""
+    wave = torch.cos(2 * torch.pi / 7 * sums(7).double())
+    assert torch.allclose(keep_single_frequencies(wave, [1, 1]), wave)
+    for keep, values in ((keep_frequencies, wave[0]), (keep_single_frequencies, wave)):
+        for given in ([0], [-1], [9], [1.5]):
+            with pytest.raises(InputError, match="frequencies are whole numbers from 1 to p // 2 = 3"):
+                keep(values, given)
+    with pytest.raises(InputError, match="numbers with a point"):
+        transform(torch.ones(4, dtype=torch.long))

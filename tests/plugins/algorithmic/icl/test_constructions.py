@@ -161,7 +161,6 @@ def test_scores_of_the_construction_are_inner_products():
     found = regress_attention(model, prompts)
     assert found.slope == pytest.approx(1) and found.intercept == pytest.approx(0, abs=1e-12)
     assert found.r2 == pytest.approx(1) and found.r2_within == pytest.approx(1) and found.random_r2 < 0.2
-    torch.testing.assert_close(found.first_scores, found.first_products)
     torch.testing.assert_close(found.scores, found.products)
     assert len(found.figure().data) == 2
 
@@ -195,7 +194,7 @@ def test_interleaved_keys_are_the_tokens_of_the_answers():
     _, cache = model.run_with_cache(prompts.tokens(), names=["attn_scores"])
     found = regress_attention(model, prompts)
     torch.testing.assert_close(found.scores, cache["attn_scores", 0][:, 0, -1, 1::2].detach())
-    assert found.first_scores.shape == (5, 5) and found.scores.shape == (3, 4)
+    assert found.scores.shape == (3, 4)
 
 
 def test_models_that_cannot_read_the_prompts_are_refused():
