@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from refused import refused
 
 from hooklens.core.errors import InputError
 from hooklens.plugins.algorithmic.fourier import (
@@ -99,7 +100,7 @@ def test_parts_of_frequencies_that_are_none_are_refused():
     assert torch.allclose(keep_single_frequencies(wave, [1, 1]), wave)
     for keep, values in ((keep_frequencies, wave[0]), (keep_single_frequencies, wave)):
         for given in ([0], [-1], [9], [1.5]):
-            with pytest.raises(InputError, match="frequencies are whole numbers from 1 to p // 2 = 3"):
+            with refused(InputError, "frequencies are whole numbers from 1 to p // 2 = 3"):
                 keep(values, given)
-    with pytest.raises(InputError, match="numbers with a point"):
+    with refused(InputError, "numbers with a point"):
         transform(torch.ones(4, dtype=torch.long))
