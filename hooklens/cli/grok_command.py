@@ -75,7 +75,7 @@ def grok(
     from hooklens.studies.grokking_page import grokking_report, seeds_table
 
     checks = {"out": lambda: check_out(out), "device": lambda: as_device(device), "p": options.check}
-    known = judge({**checks, "run": lambda: _check_source(run, model, options, trains=controls or runs is not None)})
+    known = judge({**checks, "run": lambda: _check_source(run, model, options, trains=controls or runs is not None, device=device)})
     if run is not None or model is not None:
         studies = [_analysed(run, model, options, known["device"])]
     else:
@@ -95,7 +95,9 @@ def _sentences(studies: "list[GrokkingStudy]", as_json: bool) -> dict[str, str]:
     }
 
 
-def _check_source(run: Path | None, model: Path | None, options: GrokOptions, *, trains: bool) -> None:
+def _check_source(
+    run: Path | None, model: Path | None, options: GrokOptions, *, trains: bool, device: str | None
+) -> None:
     """Raise for options that say how to train where nothing is trained: they would have no effect."""
     if run is not None and model is not None:
         raise InputError("--run has checkpoints of its own, so --model cannot be given too; give one of them")
@@ -104,6 +106,7 @@ def _check_source(run: Path | None, model: Path | None, options: GrokOptions, *,
     read = {"p"} if run is not None else {"p", "fraction", "seed", "fast"}
     changed = [field.name for field in fields(GrokOptions) if getattr(options, field.name) != field.default]
     unused = [f"--{name.replace('_', '-')}" for name in changed if name not in read]
+    unused += ["--device"] if run is not None and device is not None else []
     if unused or trains:
         given = ", ".join(unused) or "--runs or --controls"
         source = "--run" if run is not None else "--model"

@@ -81,16 +81,21 @@ def _attention(report: "Report", study: "ICLStudy") -> None:
     for name, way in study.interpolations.items():
         report.figure(
             way.figure(),
-            f"{name}: between the trained weights (0) and the construction's (1). The error rises {way.barrier:.2g} "
-            "above the line between the ends at most.",
+            f"{name}: between the trained weights (0) and the construction's (1). {_barrier(way.barrier)}",
         )
+
+
+def _barrier(height: float) -> str:
+    if height <= 0:
+        return "The error is nowhere above the line between the ends."
+    return f"The error is at most {height:.2g} above the line between the ends."
 
 
 def _limits(report: "Report", study: "ICLStudy") -> None:
     """Prompts unlike those of training, and whether positions stay apart."""
     report.heading("Prompts unlike those of training")
     for name, shifts in study.shifts.items():
-        report.table(shifts.table(), f"{name}: errors, as shares of that of the answer 0.", ShiftErrors.terms)
+        report.table(shifts.table(), f"{name}: errors, as shares of that of the answer 0; {study.at} examples unless it says so.", ShiftErrors.terms)
     for name, collapse in study.collapses.items():
         report.figure(collapse.figure(), f"{name}: how much of the stream differs between positions after each layer.")
         report.table(collapse.table(), "", RankCollapse.terms)

@@ -29,8 +29,8 @@ algorithmic.icl: AttentionRegression Averaging BestStep DepthGap ExpectedError F
     best_gd_plus_plus best_preconditioner best_step best_step_schedules collapse_bound compare_learners
     compare_with_kernel composite_norm construct_descent draw_prompts expected_error independent_moments
     interpolate_weights kernel_weights measure_depth_gap measure_rank_collapse measure_shifts moments_of
-    normal_moments predict prompts_of regress_attention residual_to_rank_one sensitivity_of smooth uniform_moments
-    weight_products
+    normal_moments predict prompts_of regress_attention residual_to_rank_one sensitivity_of smooth task_of
+    uniform_moments weight_products
 circuits: Circuit CircuitEvaluation CircuitGraph CircuitTransfer Completeness Discovery EdgeRuns EdgeScores
     Faithfulness FaithfulnessCurve Matching Minimality Pruning Roles acdc acdc_nodes circuit_graph circuit_of eap
     eap_ig eap_ig_activations eap_ig_midpoint eap_ig_own_source evaluate_circuit measure_faithfulness

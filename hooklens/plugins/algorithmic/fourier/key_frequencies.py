@@ -128,6 +128,7 @@ class KeyFrequencies(Result):
             x_title="frequency",
             colourbar="share of largest",
             cells=marks,
+            diverging=False,
         )
 
 

@@ -32,5 +32,6 @@ def inverse_participation_ratio(values: Float[Tensor, "*lead entry"]) -> Float[T
     Reference: Gromov (2023), "Grokking modular arithmetic", equation 20 with r = 2; Doshi et al. (2024), "To grok or
     not to grok", equation 3. Both take it of the Fourier transform of a neuron's weights, and average over neurons.
     """
-    squares = values.square()
+    largest = values.abs().amax(-1, keepdim=True)
+    squares = (values / largest).square()  # of very small and very large values, fourth powers are 0 or infinite
     return squares.square().sum(-1) / squares.sum(-1).square()

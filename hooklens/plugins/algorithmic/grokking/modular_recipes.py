@@ -13,6 +13,7 @@ from hooklens.training.run_recipe import Recipe
 STEPS = 20_000  # most of a run; one that generalised stops before
 _WIDTH = 128
 _FAST_RATE = 3e-3
+_LARGEST = 997  # 8 GB of logits in float64
 
 
 def grokking_recipe(
@@ -108,7 +109,8 @@ def check_table_size(p: int, fraction: float, *, prime: bool = True) -> None:
     Traceback (most recent call last):
     hooklens.core.errors.ArgumentError: p is a prime of at least 5 here, got 100; the closest are 97 and 101. ...
     """
-    whole("p", p, 5)
+    if whole("p", p, 5) > _LARGEST:
+        raise ArgumentError("{p} is at most {0} here, got {1}: the table has p^2 pairs with p answers", _LARGEST, p)
     if prime and not is_prime(p):
         below = next(n for n in range(p - 1, 1, -1) if is_prime(n))
         above = next(n for n in range(p + 1, 2 * p) if is_prime(n))

@@ -1,5 +1,6 @@
 """Is a head's attention at the query a linear function of the inner products of points?"""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ class AttentionRegression(Result):
 
     The rows of the examples are left out: they do not answer. `r2` counts all variance of the scores; `r2_within` the
     variance between points of the same prompt, which is all that a softmax sees. `random_r2` is that of the products
-    with points of another prompt.
+    with points of another prompt, NaN where there is one prompt.
     """
 
     head: str
@@ -91,7 +92,7 @@ def regress_attention(
         intercept=intercept,
         r2=r2,
         r2_within=_line(*centred)[2],
-        random_r2=_line(products.roll(1, 0), scores)[2],
+        random_r2=_line(products.roll(1, 0), scores)[2] if len(prompts) > 1 else math.nan,
         scores=scores,
         products=products,
     )

@@ -168,7 +168,7 @@ class DepthGap(Result):
         from hooklens.viz.curves import lines
 
         marks = {"least squares": self.least_squares, "zero": self.zero}
-        return lines(self._columns(), x=self.depths, x_title="depth", y_title="squared error", marks=marks)
+        return lines(self._columns(), x=self.depths, x_title="depth", y_title="squared error", marks=marks, log="y")
 
 
 def measure_depth_gap(

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.arguments import real, several
-from hooklens.core.errors import InputError, WrongType
+from hooklens.core.errors import ArgumentError, InputError, WrongType
 from hooklens.plugins.algorithmic.icl.regression_prompts import Answers, PerTask, Points, Queries, RegressionPrompts
 
 Eigenvalues = Float[Tensor, "*draw d"]
@@ -78,6 +78,10 @@ class Averaging(Learner):
     variance: float = 1.0
     title = "averaging"
 
+    def __post_init__(self) -> None:
+        if real("variance", self.variance, 0.0) == 0:
+            raise InputError("averaging divides by the variance of the inputs, which is above 0; got 0")
+
     def weights(self, points: Points, answers: Answers) -> Queries:
         return (answers[..., None] * points).mean(1) / self.variance
 
@@ -102,6 +106,7 @@ class GradientDescent(Learner):
 
     def __post_init__(self) -> None:
         _settle(self, "rates")
+        _need_flag(self.mean)
 
     @property
     def title(self) -> str:
@@ -140,6 +145,7 @@ class GDPlusPlus(Learner):
     def __post_init__(self) -> None:
         _settle(self, "rates")
         _settle(self, "gammas")
+        _need_flag(self.mean)
         if len(self.rates) != len(self.gammas):
             raise InputError(f"GD++ needs as many gammas as rates, got {len(self.gammas)} and {len(self.rates)}")
 
@@ -175,11 +181,19 @@ class PreconditionedStep(Learner):
     matrix: Float[Tensor, "d d"]
     mean: bool = True
 
+    def __post_init__(self) -> None:
+        _need_flag(self.mean)
+        shape = list(self.matrix.shape) if isinstance(self.matrix, Tensor) else type(self.matrix).__name__
+        if not isinstance(self.matrix, Tensor) or self.matrix.ndim != 2 or shape[0] != shape[1]:
+            raise InputError(f"the matrix of a preconditioned step is a tensor [d d]; got {shape}")
+
     @property
     def title(self) -> str:
         return "one preconditioned step" + ", summed" * (not self.mean)
 
     def weights(self, points: Points, answers: Answers) -> Queries:
+        if len(self.matrix) != points.shape[2]:
+            raise InputError(f"the matrix is for points of {len(self.matrix)} coordinates, and these have {points.shape[2]}")
         share = 1 / points.shape[1] if self.mean else 1.0
         return share * torch.einsum("tpd,tp->td", points, answers) @ self.matrix.to(points).mT
 
@@ -235,6 +249,11 @@ def descent_gain(eigenvalues: Eigenvalues, rates: Float[Tensor, "step"], gammas:
         r = r * (1 - rate * strength * eigenvalues)
         a = a * (1 - gamma * strength * eigenvalues)
     return gain
+
+
+def _need_flag(mean: Any) -> None:
+    if not isinstance(mean, bool):
+        raise ArgumentError("{mean} is True or False, got {0}", f"{mean!r:.60}")
 
 
 def _settle(learner: Learner, name: str) -> None:

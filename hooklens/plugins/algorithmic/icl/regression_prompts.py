@@ -1,5 +1,6 @@
 """Prompts of in-context regression as tensors: points, answers, a query, and its target."""
 
+import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 from hooklens.core.arguments import seeded, whole
 from hooklens.core.errors import InputError, WrongType
 from hooklens.data.batches import Batch
-from hooklens.data.regression import InContextRegression
+from hooklens.data.regression import InContextRegression, in_context_regression
 from hooklens.model.config import VectorEmbed
 from hooklens.model.transformer import HookedTransformer, need_hooked
 from hooklens.plugins.algorithmic.icl.input_moments import need_task
+from hooklens.training.training_run import Run, open_run
 
 Points = Float[Tensor, "task point d"]
 Answers = Float[Tensor, "task point"]
@@ -119,6 +121,17 @@ def draw_prompts(
     return RegressionPrompts(x[:, :-1], y[:, :-1], x[:, -1], y[:, -1], data.interleaved)
 
 
+def task_of(run: Run | str | os.PathLike) -> InContextRegression:
+    """The task that a run was trained on; refused if that is not in-context regression."""
+    run = run if isinstance(run, Run) else open_run(run)
+    data = dict(run.identity["data"])
+    if (task := data.pop("task", None)) != "in-context regression":
+        raise InputError(
+            f"the run in {str(run.path)!r} was not trained on hl.data.in_context_regression but on {task!r}"
+        )
+    return in_context_regression(**data)
+
+
 def predict(model: HookedTransformer, prompts: RegressionPrompts) -> PerTask:
     """The model's answers at the queries, its output at the last position.
 
@@ -129,7 +142,10 @@ def predict(model: HookedTransformer, prompts: RegressionPrompts) -> PerTask:
     torch.Size([5])
     """
     need_regression(model, prompts)
-    return model(prompts.to(model.W_U).tokens())[:, -1, 0]
+    answers = model(prompts.to(model.W_U).tokens())[:, -1, 0]
+    if not bool(answers.detach().isfinite().all()):
+        raise InputError("some answers of the model are not finite; use a checkpoint from before training diverged")
+    return answers
 
 
 def widened_prompts(model: HookedTransformer, prompts: RegressionPrompts) -> RegressionPrompts:

@@ -241,6 +241,8 @@ def test_sparsity_by_hand():
     differences = (values.abs()[:, None] - values.abs()).abs().sum() / (2 * 4 * values.abs().sum())
     assert abs(gini(values) - differences) < 1e-12  # the mean absolute difference form of the same coefficient
     assert abs(inverse_participation_ratio(values) - (values**4).sum() / (values**2).sum() ** 2) < 1e-12
+    for size in (1e-12, 1e12):
+        assert abs(inverse_participation_ratio(torch.full((3,), size)) - 1 / 3) < 1e-6
     assert gini(7 * values) == gini(values) and gini(torch.zeros(3)).isnan()
 
 

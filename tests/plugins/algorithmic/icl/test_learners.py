@@ -373,3 +373,19 @@ def test_vectors_in_float32_failed_in_a_model_in_float64():
     wide = hl.HookedTransformer(READER.cfg).double()
     assert hl.icl.measure_rank_collapse(wide, inputs).share.dtype == torch.float64
     assert (hl.icl.compare_with_kernel(wide, inputs).with_norms < 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Averaging(0.0), "variance of the inputs, which is above 0"),
+        (lambda: Averaging(math.nan), "variance is a finite number"),
+        (lambda: GradientDescent((0.1,), mean="no"), "mean is True or False"),
+        (lambda: GDPlusPlus(0.1, 0.1, mean=1), "mean is True or False"),
+        (lambda: PreconditionedStep(torch.eye(3)[:2]), r"is a tensor \[d d\]; got \[2, 3\]"),
+        (lambda: PreconditionedStep(torch.eye(3)).weights(torch.ones(1, 4, 2), torch.ones(1, 4)), "these have 2"),
+    ],
+)
+def test_learners_that_cannot_answer_are_refused(make, says):
+    with refused(HooklensError, says):
+        make()

@@ -148,3 +148,27 @@ def test_longer_prompts_on_learned_positions_say_that_these_are_untrained():
 @pytest.mark.parametrize("plugin", ["interpolate_weights", "measure_shifts"])
 def test_the_contract_on_models_that_read_vectors(plugin):
     check_plugin(plugin, models={str(dtype): linear_model(dtype=dtype) for dtype in DTYPES})
+
+
+def test_one_scale_may_be_given_alone_and_zero_says_nothing():
+    data, step = hl.data.in_context_regression(d=2, n_points=3), GradientDescent(1.0)
+    model = construct_descent(step, 2, 3)
+    alone = measure_shifts(model, data, step, scales=2.0, lengths=2, tasks=4)
+    assert alone.shifts == ["scale 2", "2 examples"]
+    with refused(HooklensError, "points times 0"):
+        measure_shifts(model, data, step, scales=0.0)
+
+
+def test_answers_that_are_not_finite_are_no_result():
+    data, step = hl.data.in_context_regression(d=2, n_points=3), GradientDescent(1.0)
+    model = construct_descent(step, 2, 3)
+    with torch.no_grad():
+        model.blocks[0].attn.W_V.fill_(torch.nan)
+    with refused(HooklensError, "some answers of the model are not finite"):
+        measure_shifts(model, data, step)
+
+
+def test_the_task_of_a_run_is_that_it_was_trained_on(tmp_path):
+    data = hl.data.in_context_regression(d=2, n_points=(2, 3), curriculum=4, seed=5)
+    run = hl.train(linear_model(embed=VectorEmbed(d_in=3)), data, steps=2, batch=4, out=tmp_path / "run", show=False)
+    assert hl.icl.task_of(tmp_path / "run").identity() == data.identity() == hl.icl.task_of(run).identity()
