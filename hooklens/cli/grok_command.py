@@ -75,7 +75,12 @@ def grok(
     from hooklens.studies.grokking_page import grokking_report, seeds_table
 
     checks = {"out": lambda: check_out(out), "device": lambda: as_device(device), "p": options.check}
-    known = judge({**checks, "run": lambda: _check_source(run, model, options, trains=controls or runs is not None, device=device)})
+    known = judge(
+        {
+            **checks,
+            "run": lambda: _check_source(run, model, options, trains=controls or runs is not None, device=device),
+        }
+    )
     if run is not None or model is not None:
         studies = [_analysed(run, model, options, known["device"])]
     else:

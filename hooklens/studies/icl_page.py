@@ -95,7 +95,11 @@ def _limits(report: "Report", study: "ICLStudy") -> None:
     """Prompts unlike those of training, and whether positions stay apart."""
     report.heading("Prompts unlike those of training")
     for name, shifts in study.shifts.items():
-        report.table(shifts.table(), f"{name}: errors, as shares of that of the answer 0; {study.at} examples unless it says so.", ShiftErrors.terms)
+        report.table(
+            shifts.table(),
+            f"{name}: errors, as shares of that of the answer 0. {study.at} examples unless said.",
+            ShiftErrors.terms,
+        )
     for name, collapse in study.collapses.items():
         report.figure(collapse.figure(), f"{name}: how much of the stream differs between positions after each layer.")
         report.table(collapse.table(), "", RankCollapse.terms)

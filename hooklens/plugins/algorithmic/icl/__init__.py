@@ -42,7 +42,13 @@ from hooklens.plugins.algorithmic.icl.rank_collapse import (
     measure_rank_collapse,
     residual_to_rank_one,
 )
-from hooklens.plugins.algorithmic.icl.regression_prompts import RegressionPrompts, draw_prompts, predict, prompts_of, task_of
+from hooklens.plugins.algorithmic.icl.regression_prompts import (
+    RegressionPrompts,
+    draw_prompts,
+    predict,
+    prompts_of,
+    task_of,
+)
 from hooklens.plugins.algorithmic.icl.shifted_prompts import ShiftErrors, measure_shifts
 from hooklens.plugins.algorithmic.icl.weight_interpolation import (
     WeightInterpolation,

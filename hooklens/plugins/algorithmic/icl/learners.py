@@ -193,7 +193,9 @@ class PreconditionedStep(Learner):
 
     def weights(self, points: Points, answers: Answers) -> Queries:
         if len(self.matrix) != points.shape[2]:
-            raise InputError(f"the matrix is for points of {len(self.matrix)} coordinates, and these have {points.shape[2]}")
+            raise InputError(
+                f"the matrix is for points of {len(self.matrix)} coordinates, and these have {points.shape[2]}"
+            )
         share = 1 / points.shape[1] if self.mean else 1.0
         return share * torch.einsum("tpd,tp->td", points, answers) @ self.matrix.to(points).mT
 

@@ -69,11 +69,11 @@ class ShiftErrors(Result):
 def measure_shifts(
     model: HookedTransformer,
     data: InContextRegression,
-    learners: Sequence[Learner],
+    learners: Learner | Sequence[Learner],
     *,
-    scales: Sequence[float] = (0.5, 1.0, 2.0),
-    lengths: Sequence[int] = (),
-    dims: Sequence[int] = (),
+    scales: float | Sequence[float] = (0.5, 1.0, 2.0),
+    lengths: int | Sequence[int] = (),
+    dims: int | Sequence[int] = (),
     tasks: int = _TASKS,
     seed: int = 0,
 ) -> ShiftErrors:
@@ -142,7 +142,10 @@ class _Shift:
 
 
 def _shifts(
-    data: InContextRegression, scales: Sequence[float], lengths: Sequence[int], dims: Sequence[int]
+    data: InContextRegression,
+    scales: float | Sequence[float],
+    lengths: int | Sequence[int],
+    dims: int | Sequence[int],
 ) -> list[_Shift]:
     (least, most), shifts = trained_lengths(data), list[_Shift]()
     data = replace(data, n_points=most)

@@ -13,6 +13,7 @@ from hooklens.plugins.algorithmic.icl.regression_prompts import draw_prompts, pr
 from hooklens.plugins.algorithmic.icl.shifted_prompts import measure_shifts
 from hooklens.plugins.algorithmic.icl.weight_interpolation import interpolate_weights, weight_products
 from hooklens.testing import check_plugin, tiny_model
+from hooklens.training.training_settings import Settings
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 DOUBLE = torch.zeros((), dtype=torch.float64)
@@ -170,5 +171,7 @@ def test_answers_that_are_not_finite_are_no_result():
 
 def test_the_task_of_a_run_is_that_it_was_trained_on(tmp_path):
     data = hl.data.in_context_regression(d=2, n_points=(2, 3), curriculum=4, seed=5)
-    run = hl.train(linear_model(embed=VectorEmbed(d_in=3)), data, steps=2, batch=4, out=tmp_path / "run", show=False)
+    settings = Settings(batch=4, loss="squared_error")
+    model = linear_model(embed=VectorEmbed(d_in=3), n_ctx=8)
+    run = hl.train(model, data, steps=2, settings=settings, out=tmp_path / "run", show=False)
     assert hl.icl.task_of(tmp_path / "run").identity() == data.identity() == hl.icl.task_of(run).identity()
