@@ -136,7 +136,7 @@ def test_plans_cover_the_curriculum_and_differ_in_score_and_depth():
 def test_runs_are_studied_from_their_folders(tmp_path):
     runs = train_planned(tmp_path, names=["linear, 10 examples", "softmax"], budget=1e-6, show=False)
     study = study_runs(runs, tasks=32)
-    assert "GD++, 6 steps" in study.errors.learners and "The best learners by depth" in study.findings[-1]
+    assert "GD++, 6 steps" in study.errors.learners and "Learners by depth, with searched rates" in study.findings[-1]
     assert (
         study.errors.models == ["softmax"] and int(study.fixed.lengths[0]) == 10 and OWN_STEP in study.errors.learners
     )
