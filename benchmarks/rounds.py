@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -65,13 +66,18 @@ def write(topic: str, title: str, rows: list[dict[str, Any]], raw: dict[str, Any
     RESULTS.mkdir(exist_ok=True)
     record = {"topic": topic, "date": date, "machine": machine(), "rows": rows, "raw": raw}
     topic = f"{topic}_{vendor()}"
-    (RESULTS / f"{date}_{topic}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / f"{date}_{topic}.json").write_text(compact(json.dumps(record, indent=1)) + "\n")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [f"# {title}", "", " | ".join(columns), " | ".join("---" for _ in columns)]
     lines += [" | ".join(shown(row.get(column, "")) for column in columns) for row in rows]
     lines += ["", ", ".join(f"{k} {v}" for k, v in machine().items())]
     (RESULTS / f"{date}_{topic}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+def compact(text: str) -> str:
+    """Indented JSON with every list of plain values on one line: curves are long."""
+    return re.sub(r"\[\s[^\[\]{}\"]*\]", lambda found: "[" + " ".join(found[0][1:-1].split()) + "]", text)
 
 
 def shown(value: Any) -> str:

@@ -34,9 +34,14 @@ command or input; 3 something outside is missing (network, disk, a device, a pac
 class _Group(TyperGroup):
     """Converts an exception of a command into one message and an exit code."""
 
-    def make_context(self, *args: Any, **options: Any) -> Any:
+    def make_context(self, info_name: str | None, args: list[str], *more: Any, **options: Any) -> Any:
         with _usage_shown():
-            return super().make_context(*args, **options)
+            for name, value in zip(args, [*args, None][1:], strict=True):
+                if (name in _PATHS and value == "") or name.removesuffix("=") in _PATHS - {name}:
+                    raise typer.BadParameter(
+                        "it is empty, so it names no file; '.' is the current folder", param_hint=name.removesuffix("=")
+                    )
+            return super().make_context(info_name, args, *more, **options)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -97,12 +102,14 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             given[name] = group(**{field.name: values[field.name] for field in fields(group)})
         function(**given)
 
+    _PATHS.update(f"--{name.replace('_', '-')}" for name, option in options.items() if "Path" in str(option.annotation))
     vars(run)["__signature__"] = inspect.Signature(list(options.values()))
     run.__annotations__ = {name: option.annotation for name, option in options.items()}
     return app.command()(run)
 
 
 _NAMED = inspect.Parameter.KEYWORD_ONLY
+_PATHS = set[str]()  # options that name a file or folder; pathlib takes an empty text for the current folder
 
 
 def _version(asked: bool | None) -> None:

@@ -104,8 +104,8 @@ def how_long(model: "HookedTransformer", tokens: int | float) -> list[str]:
     return announced(tokens * seconds_a_token(model))
 
 
-def announced(seconds: int | float) -> list[str]:
-    """A line that announces this many seconds; none if it is under a minute.
+def announced(seconds: int | float, *, at_most: bool = False) -> list[str]:
+    """A line that announces this many seconds, or at most so many; none if it is under a minute.
 
     >>> [announced(seconds)[0][:33] for seconds in (150, 3 * 3600)]
     ['this will take about 3 minutes on', 'this will take about 3.0 hours on']
@@ -113,7 +113,8 @@ def announced(seconds: int | float) -> list[str]:
     if seconds < _WORTH_SAYING:
         return []
     words = f"{-(-seconds // 60):.0f} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"
-    return [f"this will take about {words} on this machine (estimated from one pass); Ctrl-C stops it"]
+    most = "at most " if at_most else ""
+    return [f"this will take {most}about {words} on this machine (estimated from one pass); Ctrl-C stops it"]
 
 
 def seconds_a_token(model: "HookedTransformer") -> float:

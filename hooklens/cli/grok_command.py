@@ -71,10 +71,10 @@ def grok(
 
     The same command continues runs that were stopped. A run that did not grok is reported as such.
     """
-    from hooklens.pretrained.loading import as_device
+    from hooklens.pretrained.loading import computing_device
     from hooklens.studies.grokking_page import grokking_report, seeds_table
 
-    checks = {"out": lambda: check_out(out), "device": lambda: as_device(device), "p": options.check}
+    checks = {"out": lambda: check_out(out), "device": lambda: computing_device(device), "options": options.check}
     known = judge(
         {
             **checks,
@@ -165,7 +165,7 @@ def _trained(options: GrokOptions, runs: Path | None, *, controls: bool, device:
     new = sum(not (folder / "run" / "run.json").is_file() for folder in folders)
     if new:
         n_steps = recipes[0].training["steps"] * new * (3 if controls else 1)
-        say(*estimates.announced(estimates.of_training(recipes[0], device) * n_steps))
+        say(*estimates.announced(estimates.of_training(recipes[0], device) * n_steps, at_most=True))
     studies = []
     try:
         for recipe, folder in zip(recipes, folders, strict=True):

@@ -45,10 +45,10 @@ class ModelOptions:
 
     def judge(self, checks: Checks) -> dict[str, Any]:
         """Run these checks and those of the model's options; nothing is loaded or computed before they pass."""
-        from hooklens.pretrained.loading import as_device, as_dtype, check_source
+        from hooklens.pretrained.loading import as_dtype, check_source, computing_device
 
         source = {"model": lambda: self.model is None or check_source(self.model)}
-        own = {"device": lambda: as_device(self.device), "dtype": lambda: as_dtype(self.dtype)}
+        own = {"device": lambda: computing_device(self.device), "dtype": lambda: as_dtype(self.dtype)}
         return judge({**checks, **source, **own})
 
     def load(self) -> "HookedTransformer":

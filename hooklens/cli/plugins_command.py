@@ -70,8 +70,8 @@ _TINY = (
 
 
 def _tiny(settings: ReportOptions) -> "HookedTransformer":
-    from hooklens.pretrained.loading import as_device, as_dtype
+    from hooklens.pretrained.loading import as_dtype, computing_device
     from hooklens.testing import tiny_model
 
     dtype = as_dtype(settings.dtype)
-    return tiny_model(seed=settings.seed).to(device=as_device(settings.device) or "cpu", dtype=dtype)
+    return tiny_model(seed=settings.seed).to(device=computing_device(settings.device) or "cpu", dtype=dtype)

@@ -81,12 +81,14 @@ def train(
     them, and `hooklens train --out FOLDER` alone continues the run.
     """
     from hooklens.core.files import make_folder
-    from hooklens.pretrained.loading import as_device
+    from hooklens.pretrained.loading import computing_device
     from hooklens.training.loop import train as train_model
     from hooklens.training.run_folder import RECIPE, RunFolder
 
     checks = {"task": lambda: _task(task, options.settings, out), "out": lambda: _folder(out), **options.checks()}
-    known = judge({**checks, "device": lambda: as_device(device), "settings": lambda: _kept(out, options.settings)})
+    known = judge(
+        {**checks, "device": lambda: computing_device(device), "settings": lambda: _kept(out, options.settings)}
+    )
     recipe, folder = _recipe(known["task"], known["settings"], options), known["out"]
     begins = not RunFolder(folder).exists
     if not begins:

@@ -44,6 +44,19 @@ def real(name: str, value: Any, least: float = -math.inf) -> float:
     return number
 
 
+def flag(name: str, value: Any) -> bool:
+    """Return True or False; what merely counts as one of them is refused.
+
+    >>> flag("mean", 1)
+    Traceback (most recent call last):
+    ...
+    hooklens.core.errors.ArgumentError: mean is True or False, got 1
+    """
+    if not isinstance(value, bool):
+        raise ArgumentError("{" + name + "} is True or False, got {0}", f"{value!r:.60}")
+    return value
+
+
 def several(name: str, values: Any) -> list[Any]:
     """Return the values of an argument that takes several: one alone is a list of one, and none are refused.
 

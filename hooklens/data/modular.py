@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.core.arguments import seed_number, seeded, whole
-from hooklens.core.errors import ArgumentError, did_you_mean
+from hooklens.core.arguments import flag, seed_number, seeded, whole
+from hooklens.core.errors import ArgumentError, InputError, did_you_mean
 from hooklens.data.batches import Batch, TrainingData, drawn_for, epoch_rows
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ class Modular(TrainingData):
 
     def answers(self, pairs: Int[Tensor, "some 2"]) -> Int[Tensor, "some"]:
         """The answer of each pair."""
+        if len(pairs) and not 0 <= int(pairs.min()) <= int(pairs.max()) < self.p:
+            raise InputError(f"pairs are numbers from 0 to {self.p - 1}, got {int(pairs.min())} to {int(pairs.max())}")
         return self.table[pairs[:, 0], pairs[:, 1]]
 
     def examples(self, pairs: Int[Tensor, "pair 2"]) -> Batch:
@@ -89,13 +91,14 @@ class Modular(TrainingData):
     def batch(self, step: int, size: int) -> Batch:
         """`size` training pairs; all of them in every step if there are no more than `size`."""
         train, _ = self.pairs
-        if size >= len(train):
+        whole("step", step)
+        if whole("size", size, 1) >= len(train):
             return self._all
         return self.examples(train[epoch_rows(step, size, len(train), self.seed)])
 
     def held_out(self, size: int) -> Iterator[Batch]:
         """The held-out pairs."""
-        for pairs in self.pairs[1].split(size) if len(self.pairs[1]) else ():
+        for pairs in self.pairs[1].split(whole("size", size, 1)) if len(self.pairs[1]) else ():
             yield self.examples(pairs)
 
     def description(self) -> str:
@@ -145,9 +148,7 @@ def modular_arithmetic(
     seed_number(seed)
     if operation not in list(SIGNS):  # a list compares what has no hash
         raise did_you_mean("operation", str(operation), SIGNS)
-    if not isinstance(shuffled, bool):
-        raise ArgumentError("{shuffled} is True or False, got {0}", f"{shuffled!r:.60}")
-    return Modular(p, operation, check_fraction(fraction, p**2), seed, shuffled)
+    return Modular(p, operation, check_fraction(fraction, p**2), seed, flag("shuffled", shuffled))
 
 
 def check_fraction(fraction: Any, n_pairs: int) -> float:

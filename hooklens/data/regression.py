@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.arguments import real, seed_number, whole
+from hooklens.core.arguments import flag, real, seed_number, whole
 from hooklens.core.errors import ArgumentError, did_you_mean
 from hooklens.data.batches import Batch, TrainingData, drawn_for
 
@@ -84,7 +84,7 @@ class InContextRegression(TrainingData):
 
     def batch(self, step: int, size: int) -> Batch:
         """Fresh tasks, all with the same number of examples."""
-        x, y, _ = self.draw(size, drawn_for(self.seed, step + 1), self.points_at(step))
+        x, y, _ = self.draw(size, drawn_for(self.seed, whole("step", step) + 1), self.points_at(step))
         return self.tokens(x, y)
 
     def held_out(self, size: int) -> Iterator[Batch]:
@@ -92,6 +92,7 @@ class InContextRegression(TrainingData):
 
         A batch has one number of examples.
         """
+        whole("size", size, 1)
         for k in self.points:
             generator = drawn_for(self.seed, 0 if len(self.points) == 1 else f"held out {k}")
             x, y, _ = self.draw(-(-_EVALUATED // len(self.points)), generator, k)
@@ -194,8 +195,7 @@ def in_context_regression(
         )
     if inputs not in list(_INPUTS):
         raise did_you_mean("distribution of inputs", str(inputs), _INPUTS)
-    if not isinstance(interleaved, bool):
-        raise ArgumentError("{interleaved} is True or False, got {0}", f"{interleaved!r:.60}")
+    flag("interleaved", interleaved)
     seed_number(seed)
     noise = real("noise", noise, 0.0)
     return InContextRegression(d, numbers, inputs, noise, interleaved, seed=seed, curriculum=int(curriculum))

@@ -114,6 +114,19 @@ def as_device(device: str | torch.device | None) -> str | torch.device | None:
     return device
 
 
+def computing_device(device: str | torch.device | None) -> str | torch.device | None:
+    """Return the device, which must hold numbers.
+
+    >>> computing_device("meta")
+    Traceback (most recent call last):
+    ...
+    hooklens.core.errors.InputError: the device 'meta' holds shapes and no numbers; use cpu, or leave it out
+    """
+    if device is not None and torch.device(as_device(device) or "cpu").type == "meta":
+        raise InputError("the device 'meta' holds shapes and no numbers; use cpu, or leave it out")
+    return device
+
+
 def as_tokenizer(given: Any) -> Tokenizer | None:
     """Return a hooklens tokenizer, from a hooklens or transformers tokenizer or the path of a tokenizer's folder."""
     if given is None or isinstance(given, Tokenizer):

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from hooklens.core.errors import InputError
-from hooklens.plugins.algorithmic.grokking.phases import Phases
 from hooklens.results.result import Table
 from hooklens.studies.grokking_study import PUBLISHED, GrokkingStudy
 
@@ -121,7 +120,8 @@ def _parts(report: Any, study: GrokkingStudy) -> None:
     if study.grokking is not None:
         report.figure(
             study.grokking.figure(),
-            "The grokking gap is the distance between the two curves of accuracy, along the axis of steps.",
+            "The grokking gap is the distance between the two curves of accuracy, along the axis of steps. Curves are "
+            "drawn at evaluations; the training accuracy that says when a run memorised is that of every step.",
         )
     if study.progress is not None:
         report.figure(
@@ -129,7 +129,8 @@ def _parts(report: Any, study: GrokkingStudy) -> None:
             "Progress at the checkpoints, with the key frequencies of the last one at all of them.",
         )
     if study.phases is not None:
-        report.table(study.phases.table(), _phases_caption(study.phases))
+        caption = "Phases by excluded loss; rules of ours for phases that are published."
+        report.table(study.phases.table(), f"{caption} {study.phases.caveat}".strip())
     if study.norms is not None:
         report.figure(study.norms.figure(), "The window between the dashed lines is the rise of the held-out accuracy.")
         report.table(study.norms.table(), study.norms.statement, study.norms.terms)
@@ -166,16 +167,6 @@ def _parts(report: Any, study: GrokkingStudy) -> None:
         report.figure(study.halfway.figure(), caption)
         report.table(study.halfway.table(), caption, study.halfway.terms)
     report.table(study.costs.table(), "What a prompt costs, and the accuracy on unseen pairs.", study.costs.terms)
-
-
-def _phases_caption(phases: Phases) -> str:
-    caption = "Phases by excluded loss; rules of ours for phases that are published."
-    if phases.formed > phases.memorised:
-        return caption
-    return (
-        f"{caption} Circuit formation is empty: the held-out loss was last at 0.9 of its peak no later than "
-        "the excluded loss was smallest, so that these rules do not separate the two phases in this run."
-    )
 
 
 def _verdicts(studies: Sequence[GrokkingStudy]) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 
 from hooklens.core.arguments import path_of
 from hooklens.core.errors import InputError
-from hooklens.core.files import make_folder
 from hooklens.plugins.algorithmic.grokking.grokking_step import find_grokking
 from hooklens.plugins.algorithmic.grokking.modular_recipes import control_recipes
 from hooklens.studies.grokking_study import GrokkingStudy, study_grokking
@@ -16,6 +15,7 @@ from hooklens.training.run_folder import RECIPE, RunFolder
 from hooklens.training.run_recipe import Recipe, read_recipe
 from hooklens.training.training_run import Run
 
+_USUAL_RATE = 1e-3  # not said in the name of a folder
 _OWN = ("steps", "solved", "solved_for")  # of a control, whose steps are those that its run took
 
 
@@ -29,20 +29,22 @@ def train_recipe(recipe: Recipe, out: str | os.PathLike, *, device: Any = None, 
     2
     """
     folder = RunFolder(path_of(out, "out"))
-    is_kept = (folder.path / RECIPE).is_file()
-    if is_kept:
-        check_recipe(folder.path, recipe)
+    check_recipe(folder.path, recipe)
     data = recipe.load_data()
     model = recipe.load_model(data, device=device)
     if not folder.exists:
         folder.check_free()
-    if is_kept or not folder.exists:
-        recipe.save(make_folder(folder.path) / RECIPE)
+    with folder.writing():  # another process may have begun a run here meanwhile
+        check_recipe(folder.path, recipe)
+        if (folder.path / RECIPE).is_file() or not folder.exists:
+            recipe.save(folder.path / RECIPE)
     return train(model, data, steps=recipe.training["steps"], out=folder.path, settings=recipe.settings(), show=show)
 
 
 def check_recipe(folder: Path, recipe: Recipe) -> None:
     """Raise if the run in a folder was trained on another p, or with other settings; more steps are the same run."""
+    if not (folder / RECIPE).is_file():
+        return
     kept = read_recipe(folder / RECIPE)
     if kept.data.get("p") != recipe.data.get("p"):
         raise InputError(
@@ -95,11 +97,20 @@ def grok(
 def folder_name(recipe: Recipe) -> str:
     """A name for the folder of a run, from what tells it from others.
 
-    >>> from hooklens.plugins.algorithmic.grokking.modular_recipes import grokking_recipe
+    >>> from hooklens.plugins.algorithmic.grokking.modular_recipes import fast_recipe, grokking_recipe
     >>> folder_name(grokking_recipe(seed=3))
     'p113_fraction0.3_decay1_seed3'
+    >>> folder_name(fast_recipe())
+    'p43_fraction0.4_decay1_rate0.003_seed0'
     """
     data, rule = recipe.data, recipe.training["optimizer"]
-    decay = rule.get("inner", rule).get("weight_decay", 0.0)
+    inner = rule.get("inner", rule)
     own = "" if rule["part"] == "adamw" else f"_{rule['part']}"
-    return f"p{data['p']}_fraction{data['fraction']:g}_decay{decay:g}{own}_seed{data['seed']}"
+    own += "" if inner.get("lr", _USUAL_RATE) == _USUAL_RATE else f"_rate{_short(inner['lr'])}"
+    decay = _short(inner.get("weight_decay", 0.0))
+    return f"p{data['p']}_fraction{_short(data['fraction'])}_decay{decay}{own}_seed{data['seed']}"
+
+
+def _short(number: float) -> str:
+    """A number as briefly as it can be read back: 1 for 1.0."""
+    return f"{number:g}" if float(f"{number:g}") == number else repr(float(number))

@@ -47,6 +47,7 @@ from hooklens.plugins.algorithmic.grokking.phases import Phases, find_phases
 from hooklens.plugins.algorithmic.grokking.table_regions import TableRegions, measure_regions
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
+from hooklens.training.run_folder import RunFolder
 from hooklens.training.training_run import Run, open_run
 
 _TERMS = {
@@ -185,6 +186,8 @@ class GrokkingStudy(Result):
             )
         said.append(_circuit_sentence(self.circuit))
         said += _causal_sentences(self.circuit)
+        if self.phases is not None and self.phases.caveat:
+            said.append(self.phases.caveat)
         if self.norms is not None:
             said.append(self.norms.statement)
         said.append(f"Generalisation: {self.regions.statement}")
@@ -205,10 +208,9 @@ def study_grokking(run: Run | str | os.PathLike, *, controls: Mapping[str, Run] 
     check_table_size(data.p, data.fraction)
     kept = run.checkpoints()
     if not kept:
-        raise InputError(
-            f"the run in {str(run.path)!r} has no checkpoint: wait for its first steps, or, where its checkpoints were "
-            "removed, train again in another folder"
-        )
+        begun = RunFolder(run.path).is_being_written() or not run.steps_done
+        what = "wait for its first steps" if begun else "they were removed; train again in another folder"
+        raise InputError(f"the run in {str(run.path)!r} has no checkpoint: {what}")
     grokking, model = find_grokking(run), kept[-1].load()
     circuit = read_circuit(model, data)
     progress = measure_progress(run, frequencies=circuit.frequencies) if circuit.frequencies else None

@@ -71,7 +71,7 @@ def _attention(report: "Report", study: "ICLStudy") -> None:
     report.heading("Attention against inner products")
     for name, attention in study.attention.items():
         report.figure(
-            attention.figure(),
+            attention.figure(name),
             f"{name}, {attention.head}: slope {attention.slope:.3g}, R^2 within a prompt {attention.r2_within:.3f}; "
             f"products with the points of another prompt explain {attention.random_r2:.3f}. The rows of the "
             "examples do not reach the answer, and are left out.",
@@ -81,7 +81,9 @@ def _attention(report: "Report", study: "ICLStudy") -> None:
     for name, way in study.interpolations.items():
         report.figure(
             way.figure(),
-            f"{name}: between the trained weights (0) and the construction's (1). {_barrier(way.barrier)}",
+            f"{name}: between the trained weights (0) and the construction's (1). {_barrier(way.barrier)} W_KQ is the "
+            "product of trained key and query weights, rescaled, by coordinates of a token (x, y): a score is "
+            "key W_KQ query. In the construction it is the identity on x, and 0 on y.",
         )
 
 

@@ -11,8 +11,9 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import FileRefused, InputError
 from hooklens.training.row_file import RowFile, Rows, read_rows
+from hooklens.training.run_folder import RunFolder
 from hooklens.training.snapshots import Snapshots, SnapshotTaker
 from hooklens.training.tensorboard_log import TensorBoardLog
 
@@ -143,6 +144,12 @@ def recorded_evaluations(folder: Path) -> Rows:
 def _recorded(path: Path) -> Rows:
     """The rows of a file; a run that has just begun may not have written its first line."""
     if not path.is_file() or not path.stat().st_size:
+        folder = RunFolder(path.parent)
+        if any(folder.checkpoint_steps()) and not folder.is_being_written():
+            raise FileRefused(
+                f"the run in {str(path.parent)!r} has checkpoints of later steps and no {path.name}: the file was "
+                "removed or emptied, or the run killed as it began; put the file back, or train it again"
+            )
         raise InputError(f"the run in {str(path.parent)!r} has no {path.name} yet; wait for its first steps")
     return read_rows(path)
 

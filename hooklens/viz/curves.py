@@ -8,10 +8,21 @@ import torch
 from jaxtyping import Num
 from torch import Tensor
 
-from hooklens.viz.drawing import above_zero, box, colour_bar, log_axes, mark, new_figure, number, span, uniform_ticks
+from hooklens.viz.drawing import (
+    above_zero,
+    box,
+    colour_bar,
+    log_axes,
+    mark,
+    new_figure,
+    number,
+    span,
+    uniform_ticks,
+    whole_ticks,
+)
 from hooklens.viz.inputs import as_array, as_labels, as_series
 from hooklens.viz.text import label
-from hooklens.viz.theme import NEUTRAL, POSITIVE, SEQUENTIAL, SERIES, plotly_scale
+from hooklens.viz.theme import CYCLIC, NEUTRAL, POSITIVE, SEQUENTIAL, SERIES, plotly_scale
 
 
 def lines(
@@ -51,7 +62,7 @@ def lines(
         line = {"color": colour, "width": 2, "dash": ("solid", "dash", "dot")[index // len(SERIES) % 3]}
         figure.add_scatter(x=at, y=array, name=shown, line=line, text=boxes, hoverinfo="text", mode="lines")
     figure.update_layout(showlegend=len(values) > 1, margin_t=(76 if title else 36) + 24 * (len(values) > 1))
-    return mark(uniform_ticks(figure), marks)
+    return mark(whole_ticks(uniform_ticks(figure)), marks)
 
 
 def scatter(
@@ -64,8 +75,11 @@ def scatter(
     y_title: str = "",
     colour: Num[Tensor, " point"] | None = None,
     colourbar: str = "",
+    cyclic: bool = False,
 ) -> go.Figure:
     """How are two numbers related? `labels` appear in the hover box; `colour` shows a third number.
+
+    `cyclic` is for a third number whose largest value is next to its smallest, such as an angle.
 
     >>> import torch
     >>> scatter(torch.rand(4), torch.rand(4), ["a", "b", "c", "<i>"]).data[0].text[3].split("<br>")[0]
@@ -80,7 +94,8 @@ def scatter(
         low, high = span(third, False, 0.0)
         boxes = [f"{text}<br>{label(colourbar)} {number(c)}" for text, c in zip(boxes, third, strict=True)]
         marker |= {"color": third, "cmin": low, "cmax": high}
-        marker |= {"colorscale": plotly_scale(SEQUENTIAL[1:]), "colorbar": colour_bar(colourbar)}
+        scale = plotly_scale(CYCLIC if cyclic else SEQUENTIAL[1:])
+        marker |= {"colorscale": scale, "colorbar": colour_bar(colourbar)}
     drawn = go.Scatter(x=across, y=up, mode="markers", marker=marker, text=boxes, hoverinfo="text")
     return new_figure([drawn], title, x_title, y_title, height=440)
 

@@ -14,6 +14,8 @@ from hooklens.viz.theme import NEUTRAL, limits, template
 _PLACES = ("top right", "top left", "bottom right", "bottom left")
 _SHORT = (1e-4, 1e5)  # between these, a logarithmic axis has decimals
 _DECIMAL, _POWER = "~g", "~e"  # 0.01, 1, 100; and 1e-8, 1e+0
+_FEW = 12  # whole numbers that are all written
+_BEHIND = "rgba(255, 255, 255, 0.72)"  # behind a name on bars or lines
 _NEAR = 0.06  # height of a line of text, as a share of the figure's
 
 
@@ -79,11 +81,25 @@ def uniform_ticks(figure: go.Figure) -> go.Figure:
     return figure.update_yaxes(tickformat=_DECIMAL if short else _POWER)
 
 
-def _positive(figure: go.Figure, axis: str) -> np.ndarray:
-    """All numbers of the traces along an axis that a logarithm has."""
+def whole_ticks(figure: go.Figure) -> go.Figure:
+    """Write only whole numbers below a few of them, such as layers: Plotly would write 0.5 and 1.5 between."""
+    across = _drawn(figure, "x")
+    if across.size and bool((across == across.round()).all()) and 0 < np.ptp(across) <= _FEW:
+        figure.update_xaxes(dtick=1 if figure.layout.xaxis.type != "log" else figure.layout.xaxis.dtick)
+    return figure
+
+
+def _drawn(figure: go.Figure, axis: str) -> np.ndarray:
+    """All finite numbers of the traces along an axis."""
     values = [np.asarray(trace[axis], float) for trace in figure.data if trace[axis] is not None]
     drawn = np.concatenate([np.empty(0), *values])
-    return drawn[np.isfinite(drawn) & (drawn > 0)]
+    return drawn[np.isfinite(drawn)]
+
+
+def _positive(figure: go.Figure, axis: str) -> np.ndarray:
+    """All numbers of the traces along an axis that a logarithm has."""
+    drawn = _drawn(figure, axis)
+    return drawn[drawn > 0]
 
 
 def above_zero(array: np.ndarray, *, needed: bool) -> np.ndarray:
@@ -114,7 +130,7 @@ def mark(figure: go.Figure, marks: Mapping[str, float] | None) -> go.Figure:
         figure.add_hline(
             y=value,
             line={"color": NEUTRAL, "width": 1.2, "dash": "dash"},
-            annotation={"text": label(name), "font": {"size": 11, "color": NEUTRAL}},
+            annotation={"text": label(name), "font": {"size": 11, "color": NEUTRAL}, "bgcolor": _BEHIND},
             annotation_position=_PLACES[sum(abs(heights[i] - other) <= near for other in heights[:i]) % len(_PLACES)],
         )
         if log:  # Plotly places lines by their value, and annotations by its logarithm

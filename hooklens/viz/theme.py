@@ -15,6 +15,8 @@ SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6e
 
 # orange: negative, blue: positive; lightness decreases evenly to both sides
 DIVERGING = ("#8c3a04", "#d9701e", "#f5b583", "#fbe3d0", "#f7f7f7", "#d6e4f0", "#94bcdc", "#3f86c0", "#0b3f78")
+# of a number that goes around, such as an angle: both ends are one colour
+CYCLIC = ("#0b3f78", "#3f86c0", "#8fb8b0", "#e0b84c", "#d9701e", "#8c3a04", "#5b3a5e", "#0b3f78")
 SEQUENTIAL = ("#f7f9fc", "#d6e4f0", "#a6c8e4", "#6aa3d2", "#3179b5", "#12549a", "#082f63")
 
 

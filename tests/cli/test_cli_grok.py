@@ -80,6 +80,11 @@ def test_the_same_command_goes_on_and_the_run_and_its_model_are_analysed(made, t
         (["--seed", 2**32 - 1, "--seeds", 2], "--seeds count from --seed 4294967295 up to 2**32 - 1; got 2"),
         (["--run", "r", "--controls"], "--run trains nothing, so --runs or --controls would have no effect"),
         (["--device", "toaster"], "toaster"),
+        (["--device", "meta"], "holds shapes and no numbers"),
+        (["--weight-decay", "1e30"], "--weight-decay times the rate 0.001 is below 1, got 1e+30"),
+        (["--weight-decay", 400, "--fast"], "--weight-decay times the rate 0.003 is below 1, got 400"),
+        (["--runs", ""], "Invalid value for --runs: it is empty"),
+        (["--out="], "Invalid value for --out: it is empty"),
     ],
 )
 def test_settings_are_refused_before_anything_is_written(options, says, tmp_path, monkeypatch):

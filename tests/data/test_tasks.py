@@ -149,3 +149,14 @@ def test_data_without_methods_say_what_to_define():
 def test_bad_input_is_refused_before_anything_is_drawn(call, message):
     with refused((HooklensError, AttributeError), message):
         call()
+
+
+def test_negative_numbers_and_steps_were_counted_from_the_end():
+    modular, regression = hl.data.modular_arithmetic(p=5, fraction=0.8), hl.data.in_context_regression(d=2, n_points=3)
+    with refused(InputError, "from 0 to 4, got -1 to 2"):
+        modular.examples(torch.tensor([[-1, 2]]))
+    for data in (modular, regression):
+        with refused(InputError, "step is a whole number of at least 0"):
+            data.batch(-1, 4)
+        with refused(InputError, "size is a whole number of at least 1"):
+            next(iter(data.held_out(0)))

@@ -20,6 +20,7 @@ from hooklens.studies.grokking_study import GrokkingStudy, study_grokked_model, 
 from hooklens.studies.icl_study import study_in_context
 from hooklens.studies.parsimony_study import MEASURES, Parsimony, compare_parsimony
 from hooklens.testing import tiny_model
+from hooklens.training.run_folder import RunFolder
 from hooklens.training.run_recipe import Recipe
 
 
@@ -190,6 +191,10 @@ def test_a_study_is_saved_and_read(study, tmp_path):
 
 def test_folders_are_named_after_the_setting():
     assert folder_name(grokking_recipe(13, fraction=0.4, weight_decay=0.3, seed=2)) == "p13_fraction0.4_decay0.3_seed2"
+    # the fast setting is another one, and so are two that agree in six digits
+    assert folder_name(fast_recipe()) != folder_name(grokking_recipe(43, fraction=0.4))
+    decays = (0.3, 0.3000000001)
+    assert len({folder_name(grokking_recipe(13, fraction=0.4, weight_decay=decay)) for decay in decays}) == 2
 
 
 def planted(decays, values):
@@ -260,3 +265,30 @@ def test_a_run_groks_and_everything_of_the_paper_is_found_in_it(tmp_path):
     partner = {name: float(value) for name, value in zip(study.halfway.regions, study.halfway.accuracy, strict=True)}
     assert partner["partner (b, a) trained"] > partner["partner (b, a) not trained"] + 0.3
     assert study.phases.memorised <= study.phases.formed <= study.phases.cleaned == step.generalised_at
+
+
+def test_a_short_run_was_refused_more_steps_because_its_warm_up_was_shorter(tmp_path):
+    run = train_recipe(small(20), tmp_path / "run", show=False)
+    assert train_recipe(small(120), tmp_path / "run", show=False).steps_done == 120 and run.steps_done == 120
+    whole = train_recipe(small(120), tmp_path / "whole", show=False)
+    ends = [made.checkpoints()[-1].load().state_dict() for made in (run, whole)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_records_that_were_removed_are_not_said_to_come(tmp_path):
+    run = train_recipe(small(20), tmp_path / "run", show=False)
+    (run.path / "evaluations.rows").unlink()
+    with refused(HooklensError, "no evaluations.rows: the file was removed or emptied, or"):
+        find_grokking(run.path)
+    for kept in (run.path / "checkpoints").iterdir():
+        kept.unlink()
+    with refused(HooklensError, "has no checkpoint: they were removed"):
+        study_grokking(run.path)
+
+
+def test_a_process_that_writes_a_run_keeps_its_settings(tmp_path):
+    """A second process with other settings replaced the file of the first, and only then saw its lock."""
+    folder = RunFolder(tmp_path / "run")
+    with folder.writing(), refused(HooklensError, "is being written by process"):
+        train_recipe(small(20), tmp_path / "run", show=False)
+    assert not (tmp_path / "run" / "settings.toml").exists()

@@ -188,3 +188,17 @@ def test_the_names_of_marks_that_lie_close_do_not_overlap():
     figure = viz.lines({"a": torch.tensor([0.0, 1.0])}, marks=marks)
     places = {note.text: (note.xanchor, note.yanchor) for note in figure.layout.annotations}
     assert len({places[name] for name in ("one", "other", "third")}) == 3 and places["chance"] == places["one"]
+
+
+def test_a_few_whole_numbers_have_no_tick_between_them():
+    counted = viz.lines({"loss": torch.rand(4)})
+    assert counted.layout.xaxis.dtick == 1
+    assert viz.lines({"loss": torch.rand(4)}, torch.linspace(0, 1, 4)).layout.xaxis.dtick is None
+    assert viz.lines({"loss": torch.rand(40)}).layout.xaxis.dtick is None
+    assert viz.lines({"loss": torch.rand(3)}, torch.tensor([1, 2, 4]), log="x").layout.xaxis.dtick != 1
+
+
+def test_a_number_that_goes_around_has_one_colour_at_both_ends():
+    around = viz.scatter(torch.rand(3), torch.rand(3), colour=torch.arange(3), cyclic=True).data[0].marker.colorscale
+    along = viz.scatter(torch.rand(3), torch.rand(3), colour=torch.arange(3)).data[0].marker.colorscale
+    assert around[0][1] == around[-1][1] and along[0][1] != along[-1][1]

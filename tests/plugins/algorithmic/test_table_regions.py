@@ -107,3 +107,22 @@ def test_the_interval_is_the_published_one():
     for call in (lambda: binomial_interval(3, 2), lambda: binomial_interval(1, 2, level=1.0)):
         with refused(HooklensError, "got"):
             call()
+
+
+def test_a_model_or_a_table_that_is_none_failed_at_a_missing_attribute():
+    with refused(HooklensError, "needs a HookedTransformer, got str"):
+        measure_regions("m", hl.data.modular_arithmetic(p=5))
+    with refused(HooklensError, "modular_arithmetic"):
+        measure_regions(tiny_model(d_vocab=6), 5)
+
+
+def test_the_colours_of_the_table_are_three_with_their_meaning_beside_them():
+    data = hl.data.modular_arithmetic(p=5, fraction=0.4)
+    drawn = measure_regions(always(2, 5), data).figure().data[0]
+    assert list(drawn.colorbar.ticktext) == ["unseen, wrong", "unseen, correct", "trained"]
+    colours = dict(drawn.colorscale)
+    assert len(set(colours.values())) == 3
+    for value, colour in enumerate(dict.fromkeys(colour for _, colour in drawn.colorscale)):
+        at = (value - drawn.zmin) / (drawn.zmax - drawn.zmin)  # where the value lies on the scale
+        below = [c for place, c in drawn.colorscale if place <= at]
+        assert below[-1] == colour

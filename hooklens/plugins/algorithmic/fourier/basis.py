@@ -67,12 +67,14 @@ def transform_2d(values: Table) -> Float[Tensor, "component_a component_b *rest"
     >>> transform_2d(table)[0, 0].item(), transform_2d(table).abs().sum().item()
     (5.0..., 5.0...)
     """
+    need_pairs("values", values, "[a b ...]")
     by_a = transform(values)
     return torch.tensordot(_basis_for(values, 1), by_a, dims=([1], [1])).movedim(0, 1)
 
 
 def inverse_2d(coefficients: Float[Tensor, "component_a component_b *rest"]) -> Table:
     """The function of (a, b) that has these coefficients."""
+    need_pairs("coefficients", coefficients, "[component_a component_b ...]")
     basis = _basis_for(coefficients, 0).T
     by_a = torch.tensordot(basis, coefficients, dims=1)
     return torch.tensordot(basis, by_a, dims=([1], [1])).movedim(0, 1)
@@ -106,6 +108,7 @@ def keep_single_frequencies(values: Table, frequencies: Iterable[int]) -> Table:
     >>> bool(torch.allclose(keep_single_frequencies(1 + wave, [3]), wave))
     True
     """
+    need_pairs("values", values, "[a b ...]")
     basis, kept = _basis_for(values, 0), torch.zeros_like(values)
     for k in _some(frequencies, len(values)):
         rows = torch.cat([basis[:1], basis[2 * k - 1 : 2 * k + 1]])
@@ -133,9 +136,33 @@ def mean_by_sum(values: Table) -> Float[Tensor, "s *rest"]:
     >>> mean_by_sum(sums(5).double()).tolist()
     [0.0, 1.0, 2.0, 3.0, 4.0]
     """
-    p = len(values)
+    p = need_pairs("values", values, "[a b ...]")
     means = values.new_zeros((p, *values.shape[2:]))
     return means.index_add(0, sums(p).flatten().to(values.device), values.flatten(0, 1)) / p
+
+
+def need_pairs(name: str, values: Any, axes: str) -> int:
+    """Return p of values over all pairs; refused unless they are real numbers, p times p, with these axes.
+
+    >>> need_pairs("post", torch.ones(5, 4, 3), "[a b neuron]")
+    Traceback (most recent call last):
+    ...
+    hooklens.core.errors.InputError: post is a tensor [a b neuron] of real numbers for all p x p pairs, got [5, 4, 3]
+    """
+    seen = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    wanted = axes.strip("[]").split()
+    good = isinstance(values, Tensor) and values.ndim >= 2 and values.shape[0] == values.shape[1] >= 2
+    if not good or (wanted[-1] != "..." and values.ndim != len(wanted)):
+        raise InputError(f"{name} is a tensor {axes} of real numbers for all p x p pairs, got {seen}")
+    if not values.is_floating_point():
+        raise InputError(f"{name} is a tensor {axes} of real numbers with a point, got {values.dtype}")
+    return len(values)
+
+
+def need_finite(name: str, values: Tensor) -> None:
+    """Raise for NaN and infinity."""
+    if not bool(values.isfinite().all()):
+        raise InputError(f"some {name} are not finite; use a checkpoint from before training diverged")
 
 
 def keep_frequencies(values: Values, frequencies: Iterable[int]) -> Values:

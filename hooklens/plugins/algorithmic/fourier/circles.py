@@ -77,20 +77,22 @@ class Circles(Result):
         from hooklens.viz.curves import scatter
         from hooklens.viz.small_multiples import panels
 
-        drawn = []
+        directions = "first direction of the plane", "second direction"
         named = [
-            (f"plane of frequency {k}", k, *of) for k, *of in self._drawn(self.frequencies, self.planes, "variance")
+            (f"plane of frequency {k}", k, directions, *of)
+            for k, *of in self._drawn(self.frequencies, self.planes, "variance")
         ]
-        named += [
-            (f"principal components (mostly frequency {k})", k, *of)
-            for k, *of in self._drawn(self.component_frequency, self.components, "component_variance")
-        ]
-        for name, k, points, variance in named:
+        pairs = self._drawn(self.component_frequency, self.components, "component_variance")
+        for i, (k, *of) in enumerate(pairs):
+            axes = f"principal component {2 * i + 1}", f"principal component {2 * i + 2}"
+            named.append((f"principal components (mostly frequency {k})", k, axes, *of))
+        drawn = []
+        for name, k, (across, up), points, variance in named:
             order = (torch.arange(self.modulus) * k % self.modulus).double()
             title = f"Embedding of the numbers, {name}: {variance:.1%} of the variance"
-            figure = scatter(
-                points[:, 0], points[:, 1], range(self.modulus), title, colour=order, colourbar="k n mod p"
-            )
+            axes_and_colour: dict[str, Any] = {"x_title": across, "y_title": up, "colour": order, "cyclic": True}
+            of_plane = points[:, 0], points[:, 1], range(self.modulus), title
+            figure = scatter(*of_plane, colourbar="k n mod p", **axes_and_colour)
             drawn.append(figure.update_layout(showlegend=False))
         stacked = panels(drawn)
         for i, axis in enumerate(stacked.select_yaxes()):

@@ -75,8 +75,9 @@ class SmallestSet(Result):
         """The restricted loss against the number of frequencies."""
         from hooklens.viz.curves import lines
 
-        best = "exact" if self.is_exact else "greedy"
-        title = f"Restricted loss by number of frequencies; {best}: {', '.join(map(str, self.frequencies))}"
+        names = ", ".join(map(str, self.frequencies))
+        best = "the smallest set" if self.is_exact else "the greedy set"
+        title = f"Restricted loss by number of frequencies; {best} within {self.tolerance:.0%}: {names}"
         marks = {"the model, all pairs": self.base}
         return lines({"greedy": self.path}, title=title, x_title="frequencies", y_title="nats", marks=marks, log="y")
 

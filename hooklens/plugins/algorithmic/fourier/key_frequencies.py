@@ -13,7 +13,7 @@ from hooklens.plugins.algorithmic.fourier.basis import distinguished, frequency_
 from hooklens.plugins.algorithmic.fourier.demo_task import demo_modulus
 from hooklens.plugins.algorithmic.fourier.logit_formula import Logits, logit_similarity
 from hooklens.plugins.algorithmic.fourier.neuron_frequencies import classify_neurons
-from hooklens.plugins.algorithmic.fourier.pair_table import PairTable, Task, as_table, modulus_of
+from hooklens.plugins.algorithmic.fourier.pair_table import PairTable, Task, modulus_of, own_table
 from hooklens.plugins.algorithmic.fourier.weight_spectra import (
     embedding_rows_of,
     measure_fourier_spectrum,
@@ -138,7 +138,7 @@ def find_key_frequencies(
     """Which frequencies does the model compute with, by each rule?
 
     `model` may also be the table of `run_pairs` or `tabulate`; rules that read weights are then left out. `table`
-    saves the run over all pairs where it is known already.
+    saves the run over all pairs where it is known already; one of another model is refused.
 
     >>> from hooklens.plugins.algorithmic.fourier.logit_formula import formula_logits
     >>> from hooklens.plugins.algorithmic.fourier.pair_table import tabulate
@@ -152,7 +152,7 @@ def find_key_frequencies(
     Internal Circuits and Properties in Grokked Transformers on Modular Polynomials"): see `sources`. Gromov (2023),
     "Grokking modular arithmetic", gives every neuron a frequency of its own and names no key ones.
     """
-    table = as_table(model, data, layer=layer) if table is None else table
+    table = own_table(model, data, table, layer=layer)
     rules = {}
     if table.post is not None:
         neurons = classify_neurons(table)

@@ -12,7 +12,7 @@ from torch import Tensor
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.algorithmic.fourier.basis import checked_frequencies, distinguished, fourier_basis, mean_by_sum
 from hooklens.plugins.algorithmic.fourier.demo_task import demo_modulus
-from hooklens.plugins.algorithmic.fourier.pair_table import PairTable, Task, as_table
+from hooklens.plugins.algorithmic.fourier.pair_table import PairTable, Task, as_table, need_logits
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
 
@@ -83,7 +83,7 @@ def mean_by_offset(logits: Logits) -> Float[Tensor, "offset"]:
     >>> mean_by_offset(formula_logits(5, {1: 2.0}))[0].item()
     2.0
     """
-    p = len(logits)
+    p = need_logits(logits)
     by_sum = mean_by_sum(logits.double())
     n = torch.arange(p, device=logits.device)
     return by_sum[n, (n - n[:, None]) % p].mean(1)  # [offset, s]: the answer is s - offset

@@ -8,12 +8,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import real
+from hooklens.core.errors import ArgumentError
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.algorithmic.fourier.basis import (
     distinguished,
     frequency_power,
     frequency_power_2d,
     mean_by_sum,
+    need_finite,
+    need_pairs,
 )
 from hooklens.plugins.algorithmic.fourier.demo_task import demo_modulus
 from hooklens.plugins.algorithmic.fourier.pair_table import PairTable, Task, as_table, need_neurons
@@ -118,14 +121,20 @@ def explain_by_frequency(post: Float[Tensor, "a b neuron"]) -> Float[Tensor, "ne
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 4.3 and
     the authors' notebook: activations are centred, and compared with constant, linear and quadratic terms.
     """
-    centred = post - post.mean((0, 1))
+    centred = _centred(post)
     return _shares(frequency_power_2d(centred), post).T
 
 
 def explain_by_sum(post: Float[Tensor, "a b neuron"]) -> Float[Tensor, "neuron frequency"]:
     """The share of each neuron's variance over all pairs in cos w_k (a + b) and sin w_k (a + b)."""
-    centred = post - post.mean((0, 1))
+    centred = _centred(post)
     return _shares(frequency_power(mean_by_sum(centred)) * len(post), post).T
+
+
+def _centred(post: Float[Tensor, "a b neuron"]) -> Float[Tensor, "a b neuron"]:
+    need_pairs("post", post, "[a b neuron]")
+    need_finite("activations", post)
+    return post - post.mean((0, 1))
 
 
 def _shares(power: Float[Tensor, "frequency neuron"], post: Float[Tensor, "a b neuron"]) -> Tensor:
@@ -149,13 +158,14 @@ def classify_neurons(
 
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 4.3.
     """
-    threshold = real("threshold", threshold, 0.0)
+    if real("threshold", threshold, 0.0) >= 1:
+        raise ArgumentError("{threshold} is a share of a neuron's variance, at least 0 and below 1; got {0}", threshold)
     post = need_neurons(as_table(model, data, layer=layer))
     return NeuronFrequencies(
         modulus=len(post),
         spectrum=explain_by_frequency(post),
         sum_spectrum=explain_by_sum(post),
-        threshold=threshold,
+        threshold=float(threshold),
     )
 
 

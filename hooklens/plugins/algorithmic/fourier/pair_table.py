@@ -13,11 +13,13 @@ from hooklens.core.errors import InputError, WrongType
 from hooklens.data.modular import Modular
 from hooklens.model.config import TokenEmbed
 from hooklens.model.transformer import HookedTransformer, need_hooked
-from hooklens.plugins.algorithmic.fourier.basis import sums
+from hooklens.plugins.algorithmic.fourier.basis import need_finite, need_pairs, sums
 from hooklens.results.result import Result
 from hooklens.results.result import Table as ResultTable
 
 _BATCH = 2048  # pairs that run together
+_COMPARED = 16  # pairs on which a table is compared with the model that it is said to be of
+_SAME = 1e-3  # of the largest logit: far above the differences between batches of other sizes
 #: The task that a model was trained on: `hl.data.modular_arithmetic(...)`, or p where the training pairs do not matter.
 Task = Modular | int
 
@@ -104,10 +106,37 @@ def cross_entropy(logits: Float[Tensor, "a b answer"]) -> Float[Tensor, "a b"]:
     >>> round(cross_entropy(torch.zeros(5, 5, 5))[1, 3].item(), 6) == round(math.log(5), 6)
     True
     """
-    p = len(logits)
+    p = need_logits(logits)
     answers = sums(p).to(logits.device)
     losses = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), answers.flatten(), reduction="none")
     return losses.view(p, p)
+
+
+def need_logits(logits: Any) -> int:
+    """Return p of the logits of all pairs; anything except a tensor p x p x p is refused.
+
+    >>> need_logits(torch.zeros(5, 5, 6))
+    Traceback (most recent call last):
+    ...
+    hooklens.core.errors.InputError: the logits of all pairs are a tensor [a b answer] with p entries along each axis...
+    """
+    square = isinstance(logits, Tensor) and logits.ndim == 3 and len(set(logits.shape)) == 1 and len(logits) >= 2
+    if not square or not logits.is_floating_point():
+        seen = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(
+            f"the logits of all pairs are a tensor [a b answer] with p entries along each axis, got {seen}; reshape "
+            "those of a list of pairs by (p, p, -1) and drop the columns that are no answers, such as '='"
+        )
+    return len(logits)
+
+
+def need_trained(trained: Any, p: int) -> None:
+    """Raise unless this says of every pair whether it was trained on."""
+    if not isinstance(trained, Tensor) or trained.dtype != torch.bool or tuple(trained.shape) != (p, p):
+        seen = f"{trained.dtype} {list(trained.shape)}" if isinstance(trained, Tensor) else f"{trained!r:.60}"
+        raise InputError(
+            f"trained says of every pair whether it was trained, a boolean tensor [a b] for p = {p}; got {seen}"
+        )
 
 
 def tabulate(
@@ -122,20 +151,14 @@ def tabulate(
     >>> tabulate(9 * logits).accuracy
     1.0
     """
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or len(set(logits.shape)) != 1 or len(logits) < 2:
-        seen = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(
-            f"the logits of all pairs are a tensor [a b answer] with p entries along each axis, got {seen}; reshape "
-            "those of a list of pairs by (p, p, -1) and drop the columns that are no answers"
-        )
-    p = len(logits)
-    for name, other, axes in (("post", post, "[a b neuron]"), ("trained", trained, "[a b]")):
-        if other is not None and tuple(other.shape[:2]) != (p, p):
-            raise InputError(f"{name} is a tensor {axes} for the same p = {p} as the logits, got {list(other.shape)}")
-    if trained is not None and trained.dtype != torch.bool:
-        raise InputError(f"trained says of every pair whether it was trained, a boolean tensor; got {trained.dtype}")
-    if not bool(logits.isfinite().all()):
-        raise InputError("some logits are not finite; use a checkpoint from before training diverged")
+    p = need_logits(logits)
+    need_finite("logits", logits)
+    if post is not None and need_pairs("post", post, "[a b neuron]") != p:
+        raise InputError(f"post is a tensor [a b neuron] for the same p = {p} as the logits, got {list(post.shape)}")
+    if post is not None:
+        need_finite("activations", post)
+    if trained is not None:
+        need_trained(trained, p)
     wide_post = None if post is None else post.detach().cpu().double()
     return PairTable(logits.detach().cpu().double(), wide_post, None if trained is None else trained.cpu())
 
@@ -185,7 +208,9 @@ def run_prompts(
             hooks += [] if write is None else [(write[0], _write_last(write[1][start : start + _BATCH]))]
             with model.hooks(fwd_hooks=hooks):
                 logits.append(model(part.to(model.device), logits_at=-1)[:, -1].detach().cpu().double())
-    return torch.cat(logits)
+    joined = torch.cat(logits)
+    need_finite("logits", joined)
+    return joined
 
 
 def as_table(model: HookedTransformer | PairTable, data: Task | None, *, layer: int | None = -1) -> PairTable:
@@ -199,6 +224,21 @@ def as_table(model: HookedTransformer | PairTable, data: Task | None, *, layer: 
     if data is None:
         raise InputError("a model needs its task: data=hl.data.modular_arithmetic(...), or its p")
     return run_pairs(model, data, layer=layer)
+
+
+def own_table(
+    model: HookedTransformer | PairTable, data: Task | None, table: PairTable | None, *, layer: int
+) -> PairTable:
+    """The table of the model: one that was made before, after a look at a few pairs, or a new one."""
+    if table is None or isinstance(model, PairTable):
+        return as_table(model, data, layer=layer)
+    p = as_table(table, data).modulus
+    some = torch.arange(0, p**2, -(-(p**2) // _COMPARED))
+    seen = run_prompts(model, pair_prompts(model, p)[some])[:, :p]
+    kept = table.logits.flatten(0, 1)[some]
+    if bool((seen - kept).abs().max() > _SAME * kept.abs().max()):
+        raise InputError("the table is not that of this model: their logits differ; leave table out, or run it again")
+    return table
 
 
 def need_neurons(table: PairTable) -> Float[Tensor, "a b neuron"]:

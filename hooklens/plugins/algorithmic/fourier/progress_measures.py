@@ -17,8 +17,16 @@ from hooklens.plugins.algorithmic.fourier.basis import checked_frequencies, keep
 from hooklens.plugins.algorithmic.fourier.demo_task import demo_modulus
 from hooklens.plugins.algorithmic.fourier.key_frequencies import find_key_frequencies
 from hooklens.plugins.algorithmic.fourier.logit_formula import Logits, formula_coefficients
-from hooklens.plugins.algorithmic.fourier.pair_table import Task, cross_entropy, run_pairs, tabulate
+from hooklens.plugins.algorithmic.fourier.pair_table import (
+    Task,
+    cross_entropy,
+    need_logits,
+    need_trained,
+    run_pairs,
+    tabulate,
+)
 from hooklens.plugins.algorithmic.fourier.weight_spectra import measure_fourier_spectrum
+from hooklens.plugins.algorithmic.trained_task import trained_task
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
 from hooklens.training.training_run import Run, open_run
@@ -72,20 +80,19 @@ def excluded_loss(logits: Logits, frequencies: Iterable[int], trained: Bool[Tens
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 5.1: only
     the cosines and sines of w_k (a + b) of the key frequencies are removed, on the training data.
     """
+    need_trained(trained, need_logits(logits))
     logits = tabulate(logits, trained=trained).logits
-    if trained.shape != logits.shape[:2] or not bool(trained.any()):
-        raise InputError(
-            f"the excluded loss is that of training pairs, a mask [a b] with at least one of them, got shape "
-            f"{list(trained.shape)} with {int(trained.sum())}"
-        )
+    if not bool(trained.any()):
+        raise InputError("the excluded loss is that of the training pairs, and trained marks none")
     losses = cross_entropy(excluded_logits(logits, checked_frequencies(frequencies, len(logits))))
     return float(losses[trained.cpu()].mean())
 
 
 def _sum_terms(logits: Logits, frequencies: Iterable[int]) -> Logits:
     """The part of the logits in cos and sin of w_k (a + b): a function of the sum alone."""
-    kept = keep_frequencies(mean_by_sum(logits), checked_frequencies(frequencies, len(logits)))
-    return kept[sums(len(logits)).to(logits.device)]
+    p = need_logits(logits)
+    kept = keep_frequencies(mean_by_sum(logits), checked_frequencies(frequencies, p))
+    return kept[sums(p).to(logits.device)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,14 +194,7 @@ def measure_progress(run: Run | str | os.PathLike, *, frequencies: Sequence[int]
 
 def task_of(run: Run | str | os.PathLike) -> Modular:
     """The task of a run, with its training pairs; refused if that is not modular addition."""
-    run = run if isinstance(run, Run) else open_run(run)
-    data = dict(run.identity["data"])
-    if data.pop("task", None) != "modular":
-        raise InputError(
-            f"the run in {str(run.path)!r} was not trained on hl.data.modular_arithmetic but on "
-            f"{run.identity['data'].get('task')!r}"
-        )
-    return modular_arithmetic(**data)
+    return trained_task(run, "modular", modular_arithmetic)
 
 
 def need_keys(keys: Sequence[int], when: str) -> list[int]:

@@ -19,7 +19,7 @@ from hooklens.plugins.algorithmic.fourier.basis import (
 )
 from hooklens.plugins.algorithmic.fourier.demo_task import demo_modulus
 from hooklens.plugins.algorithmic.fourier.neuron_frequencies import classify_neurons
-from hooklens.plugins.algorithmic.fourier.pair_table import PairTable, Task, need_neurons, run_pairs
+from hooklens.plugins.algorithmic.fourier.pair_table import PairTable, Task, need_neurons, own_table
 from hooklens.plugins.algorithmic.fourier.progress_measures import need_keys
 from hooklens.plugins.algorithmic.fourier.weight_spectra import neuron_logit_map
 from hooklens.plugins.weights.needs import Needs
@@ -90,7 +90,8 @@ def read_sum_directions(
 ) -> SumDirections:
     """Does the neuron-to-logit map read cos w_k (a + b) and sin w_k (a + b) from the neurons?
 
-    `frequencies` default to those of the neurons; `table` is that of `run_pairs`, if it was run already.
+    `frequencies` default to those of the neurons; `table` is that of `run_pairs` of this model, if it was run
+    already.
 
     >>> from hooklens.testing import tiny_model
     >>> found = read_sum_directions(tiny_model(d_vocab=8), 7, frequencies=[2])
@@ -102,7 +103,7 @@ def read_sum_directions(
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 4.2: W_L
     has rank about 10, and u_k . MLP(a, b) is approximately a multiple of cos w_k (a + b).
     """
-    table = run_pairs(model, data, layer=layer) if table is None else table
+    table = own_table(model, data, table, layer=layer)
     post = need_neurons(table)
     p, W_L = table.modulus, neuron_logit_map(model, table.modulus, layer=layer)
     if frequencies is None:

@@ -193,7 +193,7 @@ def find_grokking(run: Run | str | os.PathLike, *, bound: float = BOUND, delay: 
     try:
         evaluations = run.evaluations()
     except InputError as error:
-        raise InputError(f"no grokking without held-out pairs, and the run in {str(run.path)!r} has none") from error
+        raise InputError(f"whether a run grokked is read from evaluations on held-out pairs: {error}") from error
     if not len(evaluations.steps):
         raise InputError(f"no grokking without held-out pairs, and the run in {str(run.path)!r} has none")
     for rows in (steps, evaluations):

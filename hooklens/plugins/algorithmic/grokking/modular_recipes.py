@@ -11,8 +11,9 @@ from hooklens.plugins.algorithmic.grokking.norm_drop import NO_DECAY, SHUFFLED
 from hooklens.training.run_recipe import Recipe
 
 STEPS = 20_000  # most of a run; one that generalised stops before
+_WARMUP = 10
 _WIDTH = 128
-_FAST_RATE = 3e-3
+_RATE, _FAST_RATE = 1e-3, 3e-3
 _LARGEST = 997  # 8 GB of logits in float64
 
 
@@ -48,11 +49,12 @@ def grokking_recipe(
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 3.
     """
     check_table_size(p, fraction)
-    real("weight_decay", weight_decay, 0.0)
+    _check_decay(weight_decay, _RATE)
     whole("steps", steps, 1)
     data = {"task": "modular_arithmetic", "p": p, "fraction": fraction, "seed": seed}
     init = {"part": "normal", "std": _WIDTH**-0.5, "unembed_std": (p + 1) ** -0.5}
     training = {"steps": steps, "batch": p**2, "seed": seed, "optimizer": {"weight_decay": weight_decay}}
+    training |= {"schedule": {"warmup": _WARMUP}}  # of short runs too, so that they are the beginning of longer ones
     if solved_for is not None:
         training |= {"solved": BOUND, "solved_for": solved_for}
     return Recipe(
@@ -78,6 +80,7 @@ def fast_recipe(
 
     The setting is ours. How many of ten seeds grok: benchmarks/results, by `benchmarks/grokking_fast.py`.
     """
+    _check_decay(weight_decay, _FAST_RATE)
     recipe = grokking_recipe(
         p, fraction=fraction, weight_decay=weight_decay, seed=seed, steps=steps, solved_for=solved_for
     )
@@ -100,6 +103,16 @@ def _without_decay(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     """The changes that take the weight decay off a rule, or off the rule inside it."""
     inner = optimizer.get("inner")
     return {"weight_decay": 0.0} if inner is None else {"inner": _without_decay(inner)}
+
+
+def _check_decay(weight_decay: float, rate: float) -> None:
+    """Raise for a decay that is negative, or that takes all of a weight in one step."""
+    if real("weight_decay", weight_decay, 0.0) * rate >= 1:
+        raise ArgumentError(
+            "{weight_decay} times the rate {0:g} is below 1, got {1:g}: every step would set the weights to 0 or turn "
+            "their sign",
+            *(rate, weight_decay),
+        )
 
 
 def check_table_size(p: int, fraction: float, *, prime: bool = True) -> None:

@@ -29,6 +29,16 @@ class Phases(Result):
     formed: int
     cleaned: int
 
+    @property
+    def caveat(self) -> str:
+        """What these phases do not say; empty where the rules separate all three."""
+        if self.formed > self.memorised:
+            return ""
+        return (
+            "Circuit formation is empty: the held-out loss was last at 0.9 of its peak no later than the excluded loss "
+            "was smallest, so that these rules do not separate the two phases in this run."
+        )
+
     def table(self, n: int | None = None) -> Table:
         """One row per phase."""
         rows = [

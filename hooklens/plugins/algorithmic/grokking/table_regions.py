@@ -10,15 +10,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import real, whole
-from hooklens.core.errors import ArgumentError, InputError
+from hooklens.core.errors import ArgumentError, InputError, WrongType
 from hooklens.data.modular import Modular, modular_arithmetic
-from hooklens.model.transformer import HookedTransformer
+from hooklens.model.transformer import HookedTransformer, need_hooked
+from hooklens.plugins.algorithmic.fourier.pair_table import run_prompts
 from hooklens.plugins.weights.needs import Needs, lacking
 from hooklens.results.result import Result, Table
 
-_ROWS = 4096  # pairs of a pass
 _EDGE = 0.1  # of the numbers at each end: the corners are pairs of two of them
 _HALVINGS = 60
+_COLOURS = ("#d9701e", "#6aa3d2", "#d8dee6")  # of pairs that are unseen and wrong, unseen and correct, trained
 _LARGEST = 199  # p of a demo
 
 Pairs = Bool[Tensor, "a b"]
@@ -80,12 +81,15 @@ class TableRegions(Result):
         return Table(("region", "n", "accuracy", "95% low", "95% high"), rows).head(n)
 
     def figure(self) -> Any:
-        """The table: 0 where an unseen pair is answered wrongly, 1 where correctly, 2 at training pairs."""
+        """The table: which unseen pairs are answered wrongly, which correctly, and which were trained on."""
         from hooklens.viz.figures import heatmap
 
         cells = torch.where(self.trained, 2.0, self.correct.double())
-        title = "The table: wrong (0), correct and unseen (1), trained (2)"
-        return heatmap(cells, diverging=False, title=title, x_title="b", y_title="a")
+        drawn = heatmap(cells, diverging=False, title="The table of pairs", x_title="b", y_title="a")
+        steps = [(i / 3, colour) for i, colour in enumerate(_COLOURS)]
+        scale = [(at + end, colour) for at, colour in steps for end in (0, 1 / 3)]
+        bar = {"tickvals": [0, 1, 2], "ticktext": ["unseen, wrong", "unseen, correct", "trained"]}
+        return drawn.update_traces(colorscale=scale, zmin=-0.5, zmax=2.5, colorbar=bar)
 
 
 def measure_regions(model: HookedTransformer, data: Modular) -> TableRegions:
@@ -120,7 +124,10 @@ def measure_regions(model: HookedTransformer, data: Modular) -> TableRegions:
 
 def check_table(model: HookedTransformer, data: Modular) -> None:
     """Raise unless the model reads the tokens of this table: 0 to p - 1 and the equals sign."""
-    if getattr(model.cfg, "d_vocab", None) != data.d_vocab or model.cfg.d_vocab_out < data.p:
+    need_hooked(model, "the table of pairs")
+    if not isinstance(data, Modular):
+        raise WrongType(f"data is hl.data.modular_arithmetic(...), with the pairs of training; got {data!r:.60}")
+    if model.cfg.d_vocab != data.d_vocab or model.cfg.d_vocab_out < data.p:
         raise InputError(
             f"the table modulo {data.p} has {data.d_vocab} tokens, and this model has d_vocab {model.cfg.d_vocab}: it "
             f"was trained on p = {model.cfg.d_vocab - 1}; give modular_arithmetic({model.cfg.d_vocab - 1}, ...)"
@@ -132,15 +139,9 @@ def check_table(model: HookedTransformer, data: Modular) -> None:
 def correct_pairs(model: HookedTransformer, data: Modular) -> Pairs:
     """For every pair (a, b), whether the largest logit is that of its answer."""
     numbers = torch.arange(data.p)
-    batch = data.examples(torch.cartesian_prod(numbers, numbers)).to(model.device)
-    right = []
-    with torch.no_grad():
-        for inputs, targets in zip(batch.inputs.split(_ROWS), batch.targets.split(_ROWS), strict=True):
-            logits = model(inputs, logits_at=-1)
-            if not bool(logits.isfinite().all()):
-                raise InputError("some logits are not finite; use a checkpoint from before training diverged")
-            right.append(logits[:, -1].argmax(-1) == targets[:, -1])
-    return torch.cat(right).view(data.p, data.p).cpu()
+    batch = data.examples(torch.cartesian_prod(numbers, numbers))
+    right = run_prompts(model, batch.inputs).argmax(-1) == batch.targets[:, -1]
+    return right.view(data.p, data.p)
 
 
 def _regions(trained: Pairs, data: Modular) -> Iterator[tuple[str, Pairs]]:

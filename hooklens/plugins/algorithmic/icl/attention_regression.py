@@ -44,14 +44,15 @@ class AttentionRegression(Result):
     scores: AtQuery
     products: AtQuery
 
-    def figure(self) -> Any:
-        """Heat maps of the query's scores and of its inner products, one row a prompt."""
+    def figure(self, model: str = "") -> Any:
+        """Heat maps of the query's scores and of its inner products, one row a prompt; `model` names it in a title."""
         from hooklens.viz.figures import heatmap
         from hooklens.viz.small_multiples import panels
 
         axes: dict[str, Any] = {"x_title": "example", "y_title": "prompt"}
         shown, products = self.scores[:_SHOWN], self.products[:_SHOWN]
-        scores = heatmap(shown, title=f"Scores of {self.head} at the query", colourbar="score", **axes)
+        title = f"Scores of {self.head} at the query" + f", {model}" * bool(model)
+        scores = heatmap(shown, title=title, colourbar="score", **axes)
         title = "Inner products with the query"
         return panels([scores, heatmap(products, title=title, colourbar="product", **axes)])
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import real, several, whole
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, WrongType
 from hooklens.data.regression import InContextRegression
 from hooklens.plugins.algorithmic.icl.input_moments import InputMoments, Matrix, draw_spectra
 from hooklens.plugins.algorithmic.icl.learners import GDPlusPlus, GradientDescent, PreconditionedStep, descent_gain
@@ -118,6 +118,7 @@ def best_step(
     Reference: von Oswald et al. (2023), section 3 and appendix A.6, search the rate on 10,000 tasks; the closed form is
     derived above.
     """
+    _need_moments(moments)
     ks, weights = _mixture(lengths, probabilities)
     linear, square = (torch.stack(terms) for terms in zip(*(_terms(moments, k, noise, mean) for k in ks), strict=True))
     linear, square = ((moments.covariance @ term).diagonal(dim1=-2, dim2=-1).sum(-1) for term in (linear, square))
@@ -151,10 +152,17 @@ def best_preconditioner(
 
     Reference: Ahn et al. (2023), theorem 1; Zhang et al. (2023), theorem 4.1 (noise and mixtures are derived here).
     """
+    _need_moments(moments)
     ks, weights = _mixture(lengths, probabilities)
     linear, square = (torch.stack(terms) for terms in zip(*(_terms(moments, k, noise, mean) for k in ks), strict=True))
     summed = (torch.einsum("k,kij->ij", weights, term) for term in (square, linear))
-    return PreconditionedStep(torch.linalg.solve(*summed).mT, mean)
+    try:
+        return PreconditionedStep(torch.linalg.solve(*summed).mT, mean)
+    except torch.linalg.LinAlgError as error:
+        raise InputError(
+            "these inputs lie in fewer dimensions than they have coordinates, so that the best matrix is not unique; "
+            "leave out the coordinates without a variance of their own"
+        ) from error
 
 
 def best_constant_steps(
@@ -229,6 +237,11 @@ def with_larger(spectra: Float[Tensor, "draw d"]) -> Float[Tensor, "more d"]:
     """
     largest = spectra.amax(1).topk(-(-len(spectra) // _COPIED)).indices
     return torch.cat([spectra, _LARGER * spectra[largest]])
+
+
+def _need_moments(moments: Any) -> None:
+    if not isinstance(moments, InputMoments):
+        raise WrongType(f"moments are those of the inputs, hl.icl.moments_of(data); got {moments!r:.60}")
 
 
 def _mixture(lengths: Lengths, probabilities: Sequence[float] | None) -> tuple[list[int], PerLength]:

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.arguments import seeded, whole
-from hooklens.core.errors import InputError, WrongType
+from hooklens.core.arguments import real, seeded, whole
+from hooklens.core.errors import ArgumentError, InputError, WrongType
 from hooklens.data.regression import InContextRegression
 
 Matrix = Float[Tensor, "d d"]
@@ -24,6 +24,14 @@ class InputMoments:
 
     covariance: Matrix
     fourth: Matrix
+
+    def __post_init__(self) -> None:
+        d = len(self.covariance)
+        for name, matrix in (("covariance", self.covariance), ("fourth", self.fourth)):
+            if tuple(matrix.shape) != (d, d) or not bool(matrix.isfinite().all()):
+                raise InputError(f"{name} is a matrix [d d] of finite numbers, got one of shape {list(matrix.shape)}")
+        if not float(self.covariance.trace()) > 0:
+            raise InputError("the inputs have a variance of 0, so that no step learns from them; give another variance")
 
     @property
     def d(self) -> int:
@@ -43,8 +51,13 @@ class InputMoments:
 def independent_moments(d: int, variance: float, fourth: float) -> InputMoments:
     """Moments of independent coordinates with this variance and fourth moment.
 
-    E |x|^2 x_i^2 = mu_4 + (d - 1) s^4, and E |x|^2 x_i x_j = 0 for i not j.
+    E |x|^2 x_i^2 = mu_4 + (d - 1) s^4, and E |x|^2 x_i x_j = 0 for i not j. A fourth moment is at least the square of
+    the variance.
     """
+    if real("fourth", fourth) < real("variance", variance, 0.0) ** 2:
+        raise ArgumentError(
+            "{fourth} moments are at least the square of the {variance}, {0:g}; got {1:g}", variance**2, fourth
+        )
     eye = torch.eye(whole("d", d, 1), dtype=torch.float64)
     return InputMoments(variance * eye, (fourth + (d - 1) * variance**2) * eye)
 

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.arguments import real, several
-from hooklens.core.errors import ArgumentError, InputError, WrongType
+from hooklens.core.arguments import flag, real, several
+from hooklens.core.errors import InputError, WrongType
 from hooklens.plugins.algorithmic.icl.regression_prompts import Answers, PerTask, Points, Queries, RegressionPrompts
 
 Eigenvalues = Float[Tensor, "*draw d"]
@@ -106,7 +106,7 @@ class GradientDescent(Learner):
 
     def __post_init__(self) -> None:
         _settle(self, "rates")
-        _need_flag(self.mean)
+        flag("mean", self.mean)
 
     @property
     def title(self) -> str:
@@ -145,7 +145,7 @@ class GDPlusPlus(Learner):
     def __post_init__(self) -> None:
         _settle(self, "rates")
         _settle(self, "gammas")
-        _need_flag(self.mean)
+        flag("mean", self.mean)
         if len(self.rates) != len(self.gammas):
             raise InputError(f"GD++ needs as many gammas as rates, got {len(self.gammas)} and {len(self.rates)}")
 
@@ -182,7 +182,7 @@ class PreconditionedStep(Learner):
     mean: bool = True
 
     def __post_init__(self) -> None:
-        _need_flag(self.mean)
+        flag("mean", self.mean)
         shape = list(self.matrix.shape) if isinstance(self.matrix, Tensor) else type(self.matrix).__name__
         if not isinstance(self.matrix, Tensor) or self.matrix.ndim != 2 or shape[0] != shape[1]:
             raise InputError(f"the matrix of a preconditioned step is a tensor [d d]; got {shape}")
@@ -251,11 +251,6 @@ def descent_gain(eigenvalues: Eigenvalues, rates: Float[Tensor, "step"], gammas:
         r = r * (1 - rate * strength * eigenvalues)
         a = a * (1 - gamma * strength * eigenvalues)
     return gain
-
-
-def _need_flag(mean: Any) -> None:
-    if not isinstance(mean, bool):
-        raise ArgumentError("{mean} is True or False, got {0}", f"{mean!r:.60}")
 
 
 def _settle(learner: Learner, name: str) -> None:

@@ -14,7 +14,8 @@ from hooklens.data.regression import InContextRegression, in_context_regression
 from hooklens.model.config import VectorEmbed
 from hooklens.model.transformer import HookedTransformer, need_hooked
 from hooklens.plugins.algorithmic.icl.input_moments import need_task
-from hooklens.training.training_run import Run, open_run
+from hooklens.plugins.algorithmic.trained_task import trained_task
+from hooklens.training.training_run import Run
 
 Points = Float[Tensor, "task point d"]
 Answers = Float[Tensor, "task point"]
@@ -39,6 +40,9 @@ class RegressionPrompts:
     interleaved: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.points, Tensor) or self.points.ndim != 3:
+            seen = list(self.points.shape) if isinstance(self.points, Tensor) else f"{self.points!r:.60}"
+            raise InputError(f"points are a tensor [task point d], one task with points[None]; got {seen}")
         tasks, n, d = self.points.shape
         shapes = [tuple(part.shape) for part in (self.answers, self.query, self.target)]
         if shapes != [(tasks, n), (tasks, d), (tasks,)]:
@@ -83,6 +87,8 @@ def prompts_of(batch: Batch) -> RegressionPrompts:
 
     Of an interleaved batch the last point is the query.
     """
+    if not isinstance(batch, Batch):
+        raise WrongType(f"a batch is that of hl.data.in_context_regression(...).batch(step, size), got {batch!r:.60}")
     inputs, targets = batch.inputs, batch.targets[..., 0]
     if inputs.ndim != 3 or inputs.shape[-1] < 2:
         raise InputError(f"a batch of in-context regression holds vectors [task pos d + 1], got {list(inputs.shape)}")
@@ -123,13 +129,7 @@ def draw_prompts(
 
 def task_of(run: Run | str | os.PathLike) -> InContextRegression:
     """The task that a run was trained on; refused if that is not in-context regression."""
-    run = run if isinstance(run, Run) else open_run(run)
-    data = dict(run.identity["data"])
-    if (task := data.pop("task", None)) != "in-context regression":
-        raise InputError(
-            f"the run in {str(run.path)!r} was not trained on hl.data.in_context_regression but on {task!r}"
-        )
-    return in_context_regression(**data)
+    return trained_task(run, "in-context regression", in_context_regression)
 
 
 def predict(model: HookedTransformer, prompts: RegressionPrompts) -> PerTask:

@@ -232,3 +232,14 @@ def test_shuffled_answers_have_no_analysis_of_sums():
     data = modular_arithmetic(7, fraction=0.5, shuffled=True)
     with pytest.raises(InputError, match=r"answers of this control are shuffled; .* with p = 7 in place of the data"):
         run_pairs(tiny_model(d_vocab=8), data)
+
+
+def test_the_table_of_another_model_was_taken_for_the_models_own(model, table):
+    other = tiny_model(d_vocab=len(table.logits) + 1)
+    p = table.modulus
+    assert find_key_frequencies(model, p, table=table).keys == find_key_frequencies(model, table=table).keys
+    for read in (find_key_frequencies, read_sum_directions):
+        with refused(InputError, says="not that of this model: their logits differ"):
+            read(other, p, table=table)
+        with refused(InputError, says=f"one of p = {p}, and data of p = 7"):
+            read(other, 7, table=table)

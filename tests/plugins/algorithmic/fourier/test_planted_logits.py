@@ -14,8 +14,11 @@ from hooklens.data.modular import modular_arithmetic
 from hooklens.plugins.algorithmic.fourier import (
     ablate_logit_frequencies,
     classify_neurons,
+    cross_entropy,
     excluded_logits,
     excluded_loss,
+    explain_by_frequency,
+    explain_by_sum,
     find_key_frequencies,
     find_smallest_set,
     fit_logit_formula,
@@ -24,12 +27,15 @@ from hooklens.plugins.algorithmic.fourier import (
     fourier_basis,
     gini,
     inverse_participation_ratio,
+    keep_single_frequencies,
     logit_similarity,
+    mean_by_sum,
     measure_plane_spectrum,
     restricted_logits,
     restricted_loss,
     sums,
     tabulate,
+    transform_2d,
 )
 from hooklens.plugins.algorithmic.fourier.key_frequencies import by_sparsity
 from hooklens.plugins.algorithmic.fourier.logit_formula import mean_by_offset
@@ -187,7 +193,7 @@ def test_what_a_table_lacks_is_said():
         fit_logit_formula(table, 7)
     with refused(InputError, says="not finite"):
         tabulate(torch.full((5, 5, 5), math.nan))
-    with refused(InputError, says="at least one"):
+    with refused(InputError, says="trained marks none"):
         excluded_loss(table.logits, [1], torch.zeros(5, 5, dtype=torch.bool))
     with refused(InputError, says="1 to p // 2 = 2"):
         restricted_loss(table.logits, [3])
@@ -314,3 +320,37 @@ def test_trained_pairs_given_as_zeros_and_ones_were_taken_for_rows():
 def test_an_operation_in_a_list_has_no_hash():
     with refused(NameNotFound, "no operation named"):
         modular_arithmetic(5, operation=["+"])
+
+
+@pytest.mark.parametrize(
+    "read",
+    [cross_entropy, formula_coefficients, logit_similarity, lambda logits: restricted_logits(logits, [1])],
+)
+def test_logits_with_the_column_of_the_equals_sign_were_read_as_if_it_were_an_answer(read):
+    with refused(InputError, says=r"\[5, 5, 6\]; reshape .* such as '='"):
+        read(torch.zeros(5, 5, 6))
+
+
+@pytest.mark.parametrize(
+    ("post", "says"),
+    [
+        (torch.zeros(5, 5), r"\[a b neuron\] of real numbers for all p x p pairs, got \[5, 5\]"),
+        (torch.zeros(5, 4, 2), r"got \[5, 4, 2\]"),
+        (torch.full((5, 5, 2), math.inf), "activations are not finite"),
+        (torch.zeros(5, 5, 2, dtype=torch.cfloat), "numbers with a point, got torch.complex64"),
+    ],
+)
+def test_activations_that_are_none(post, says):
+    for read in (explain_by_frequency, explain_by_sum, lambda post: tabulate(torch.zeros(5, 5, 5), post=post)):
+        with refused(InputError, says=says):
+            read(post)
+
+
+def test_values_of_some_pairs_only_and_missing_training_pairs():
+    for read in (transform_2d, mean_by_sum, lambda values: keep_single_frequencies(values, [1])):
+        with refused(InputError, says=r"all p x p pairs, got \[5, 4\]"):
+            read(torch.zeros(5, 4))
+    with refused(InputError, says="boolean tensor .* got None"):
+        excluded_loss(torch.zeros(5, 5, 5), [1], None)
+    with refused(InputError, says="at least 0 and below 1; got 1.5"):
+        classify_neurons(tabulate(torch.zeros(5, 5, 5), post=torch.zeros(5, 5, 2)), threshold=1.5)

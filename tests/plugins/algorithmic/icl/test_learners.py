@@ -38,7 +38,7 @@ from hooklens.plugins.algorithmic.icl.learners import (
     Ridge,
     Zero,
 )
-from hooklens.plugins.algorithmic.icl.regression_prompts import draw_prompts, prompts_of
+from hooklens.plugins.algorithmic.icl.regression_prompts import RegressionPrompts, draw_prompts, prompts_of
 
 DOUBLE = torch.zeros((), dtype=torch.float64)
 rates = st.lists(st.floats(-1, 1), min_size=1, max_size=4)
@@ -307,8 +307,6 @@ def test_bad_input_says_what_would_work():
         PreconditionedStep(identity(2)).gain(torch.ones(2), 3)
     with refused(HooklensError, r"points of shape \[1, 2, 3\]"):
         x, y = drawn(3, 2, tasks=1)
-        from hooklens.plugins.algorithmic.icl.regression_prompts import RegressionPrompts
-
         RegressionPrompts(x, y, x[:, 0, :2], y[:, 0])
     with refused(HooklensError, "not among the lengths"):
         best_step(uniform_moments(2), [3, 4]).own_learner(5)
@@ -389,3 +387,24 @@ def test_vectors_in_float32_failed_in_a_model_in_float64():
 def test_learners_that_cannot_answer_are_refused(make, says):
     with refused(HooklensError, says):
         make()
+
+
+def test_inputs_that_do_not_vary_had_a_rate_of_nan():
+    with refused(HooklensError, "variance of 0"):
+        independent_moments(3, 0.0, 0.0)
+    with refused(HooklensError, "at least the square of the variance, 4; got 3"):
+        independent_moments(3, 2.0, 3.0)
+    assert float(best_step(independent_moments(3, 2.0, 4.0), 5).rate) > 0  # coordinates of plus or minus one size
+    flat = normal_moments(torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64)))
+    with refused(HooklensError, "fewer dimensions than they have coordinates"):
+        best_preconditioner(flat, 5)
+
+
+def test_other_objects_in_the_place_of_moments_and_prompts():
+    for best in (best_step, best_preconditioner):
+        with refused(HooklensError, "moments_of"):
+            best(hl.data.in_context_regression(d=2), 5)
+    with refused(HooklensError, r"\[task point d\], one task with points\[None\]; got \[4, 2\]"):
+        RegressionPrompts(torch.zeros(4, 2), torch.zeros(4), torch.zeros(2), torch.zeros(()))
+    with refused(HooklensError, "in_context_regression"):
+        prompts_of(3)

@@ -1,0 +1,28 @@
+"""The task that a run was trained on, made again from what the run wrote down."""
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+from hooklens.core.errors import InputError
+from hooklens.data.batches import TrainingData
+from hooklens.training.training_run import Run, open_run
+
+Task = TypeVar("Task", bound=TrainingData)
+
+
+def trained_task(run: Run | str | os.PathLike, task: str, make: Callable[..., Task]) -> Task:
+    """The data of a run; refused unless they are those of the task, which `hl.data` has under the name of `make`.
+
+    >>> from hooklens.data.modular import modular_arithmetic
+    >>> from hooklens.testing import tiny_model
+    >>> from hooklens.training.loop import train
+    >>> run = train(tiny_model(d_vocab=6), modular_arithmetic(p=5, fraction=0.8), steps=2)
+    >>> trained_task(run, "modular", modular_arithmetic).p
+    5
+    """
+    run = run if isinstance(run, Run) else open_run(run)
+    data = dict(run.identity["data"])
+    if (seen := data.pop("task", None)) != task:
+        raise InputError(f"the run in {str(run.path)!r} was not trained on hl.data.{make.__name__} but on {seen!r}")
+    return make(**data)
