@@ -94,7 +94,12 @@ for topic in ("grokking", "grokking_fast", "parsimony"):
     for row in result["rows"]:
         shown = ("seed", "weight decay", "verdict", "memorised at step", "generalised at step", "generalised at")
         shown += ("key frequencies", "neurons explained above 85 %", "smallest set", "Gini of W_E")
-        print("  ", ", ".join(f"{name} {row[name]}" for name in shown if row.get(name) not in (None, "")))
+        known = {name: row[name] for name in shown if row.get(name) not in (None, "")}
+        known = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in known.items()}
+        print(
+            "  ",
+            ", ".join(f"{name} {value}" for name, value in known.items()).replace("seed published, ", "published: "),
+        )
     for sentence in [*result["raw"].get("together", []), *result["raw"].get("statements", [])]:
         print("  ", sentence)
 

@@ -102,7 +102,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             given[name] = group(**{field.name: values[field.name] for field in fields(group)})
         function(**given)
 
-    _PATHS.update(f"--{name.replace('_', '-')}" for name, option in options.items() if "Path" in str(option.annotation))
+    for name, option in options.items():
+        if "Path" in str(option.annotation):
+            _PATHS.update({f"--{name.replace('_', '-')}", *(("-m",) if name == "model" else ())})
     vars(run)["__signature__"] = inspect.Signature(list(options.values()))
     run.__annotations__ = {name: option.annotation for name, option in options.items()}
     return app.command()(run)

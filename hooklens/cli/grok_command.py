@@ -28,7 +28,7 @@ class GrokOptions:
     p: Annotated[int | None, typer.Option("--p", help="The modulus, a prime; by default 113, fast 43.")] = None
     fraction: Annotated[float | None, typer.Option(help="Share of pairs to train on; by default 0.3, fast 0.4.")] = None
     weight_decay: Annotated[float | None, typer.Option(help="By default 1.")] = None
-    seed: Annotated[int, typer.Option(help="Seed of weights and of the split.", min=0, max=2**32 - 1)] = 0
+    seed: Annotated[int | None, typer.Option(help="Of weights and split; by default 0.", min=0, max=2**32 - 1)] = None
     seeds: Annotated[int, typer.Option(help="How many seeds to run, from --seed on.")] = 1
     steps: Annotated[int | None, typer.Option(help="Most steps of a run; by default 20000, fast 6000.")] = None
 
@@ -40,13 +40,18 @@ class GrokOptions:
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return (fast_recipe if self.fast else grokking_recipe)(seed=seed, **given)
 
+    @property
+    def first_seed(self) -> int:
+        """The seed of the first run."""
+        return 0 if self.seed is None else self.seed
+
     def check(self) -> None:
         """Raise for options that no run can have."""
         if self.seeds < 1:
             raise ArgumentError("{seeds} is how many runs to train, at least 1; got {0}", self.seeds)
-        if self.seed + self.seeds > 2**32:
-            raise ArgumentError("{seeds} count from {seed} {0} up to 2**32 - 1; got {1}", self.seed, self.seeds)
-        self.recipe(self.seed)
+        if self.first_seed + self.seeds > 2**32:
+            raise ArgumentError("{seeds} count from {seed} {0} up to 2**32 - 1; got {1}", self.first_seed, self.seeds)
+        self.recipe(self.first_seed)
 
 
 @command
@@ -125,12 +130,18 @@ def _task_of(model: Path, options: GrokOptions) -> "Modular":
 
     run = model.resolve().parent.parent
     if not (run / "run.json").is_file():
-        asked = options.recipe(options.seed).data
+        missing = [name for name in ("p", "fraction", "seed") if getattr(options, name) is None]
+        if missing:
+            raise InputError(
+                f"--model {str(model)!r} lies in no run, so it does not say on which pairs it was trained; give "
+                f"{', '.join('--' + name for name in missing)} too, or a checkpoint in the folder of its run"
+            )
+        asked = options.recipe(options.first_seed).data
         return modular_arithmetic(asked["p"], fraction=asked["fraction"], seed=asked["seed"])
     data = task_of(run)
-    for name, default in (("p", None), ("fraction", None), ("seed", 0)):
+    for name in ("p", "fraction", "seed"):
         given, there = getattr(options, name), getattr(data, name)
-        if given not in (default, there):
+        if given not in (None, there):
             raise InputError(
                 f"--model {str(model)!r} lies in a run that was trained on {name} = {there}, and --{name} {given} is "
                 "asked for; leave it out"
@@ -158,9 +169,9 @@ def _analysed(run: Path | None, model: Path | None, options: GrokOptions, device
 def _trained(options: GrokOptions, runs: Path | None, *, controls: bool, device: Any) -> "list[GrokkingStudy]":
     """Train every seed, or go on with it, and study it."""
     from hooklens.cli import estimates
-    from hooklens.studies.grokking_runs import folder_name, grok
+    from hooklens.studies.grokking_runs import folder_name, grok, steps_taken
 
-    recipes = [options.recipe(seed) for seed in range(options.seed, options.seed + options.seeds)]
+    recipes = [options.recipe(seed) for seed in range(options.first_seed, options.first_seed + options.seeds)]
     folders = [(runs or Path("grokking_runs")) / folder_name(recipe) for recipe in recipes]
     new = sum(not (folder / "run" / "run.json").is_file() for folder in folders)
     if new:
@@ -169,6 +180,8 @@ def _trained(options: GrokOptions, runs: Path | None, *, controls: bool, device:
     studies = []
     try:
         for recipe, folder in zip(recipes, folders, strict=True):
+            if (taken := steps_taken(folder / "run")) is not None:
+                say(f"going on with the run in {folder / 'run'}, which has taken {taken:,} steps")
             studies.append(grok(recipe, folder, controls=controls, device=device))
     except KeyboardInterrupt:
         say("stopped; the same command goes on from there")

@@ -72,6 +72,8 @@ class Modular(TrainingData):
 
     def answers(self, pairs: Int[Tensor, "some 2"]) -> Int[Tensor, "some"]:
         """The answer of each pair."""
+        if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"pairs are whole numbers [pair 2], in int64; got {pairs.dtype} {list(pairs.shape)}")
         if len(pairs) and not 0 <= int(pairs.min()) <= int(pairs.max()) < self.p:
             raise InputError(f"pairs are numbers from 0 to {self.p - 1}, got {int(pairs.min())} to {int(pairs.max())}")
         return self.table[pairs[:, 0], pairs[:, 1]]

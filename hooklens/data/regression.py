@@ -84,7 +84,7 @@ class InContextRegression(TrainingData):
 
     def batch(self, step: int, size: int) -> Batch:
         """Fresh tasks, all with the same number of examples."""
-        x, y, _ = self.draw(size, drawn_for(self.seed, whole("step", step) + 1), self.points_at(step))
+        x, y, _ = self.draw(whole("size", size, 1), drawn_for(self.seed, whole("step", step) + 1), self.points_at(step))
         return self.tokens(x, y)
 
     def held_out(self, size: int) -> Iterator[Batch]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from hooklens.core.errors import InputError
 from hooklens.results.result import Table
-from hooklens.studies.grokking_study import PUBLISHED, GrokkingStudy
+from hooklens.studies.grokking_study import PUBLISHED, GrokkingStudy, cell
 
 _SETTING = (
     "One layer reads 'a b =' and is trained on a part of the table of a + b modulo p; other pairs are held out. A "
@@ -59,7 +59,7 @@ def seeds_table(studies: Sequence[GrokkingStudy]) -> Table:
     published = any(study.is_published_setting for study in studies)
     rows = []
     for name in names:
-        cells = ["none" if column.get(name) is None else column[name] for column in columns]
+        cells = [cell(name, column.get(name)) for column in columns]
         rows.append((name, *cells, PUBLISHED.get(name)) if published else (name, *cells))
     heads = [f"seed {study.seed}" for study in studies]
     return Table(("what", *heads, "published") if published else ("what", *heads), rows)
@@ -93,11 +93,9 @@ def grokking_report(studies: Sequence[GrokkingStudy]) -> Any:
     if not studies:
         raise InputError("a report needs at least one study")
     first = studies[0]
-    seeds = ", ".join(str(study.seed) for study in studies)
+    seeds = {"seed" if len(studies) == 1 else "seeds": ", ".join(str(study.seed) for study in studies)}
     report = Report(f"Grokking addition modulo {first.modulus}").text(_SETTING)
-    report.numbers(
-        {"p": first.modulus, "trained on": f"{first.fraction:.0%}", "seeds": seeds, "verdict": _verdicts(studies)}
-    )
+    report.numbers({"p": first.modulus, "trained on": f"{first.fraction:.0%}", **seeds, "verdict": _verdicts(studies)})
     for sentence in together(studies):
         report.text(sentence)
     if len(studies) == 1:
@@ -139,12 +137,14 @@ def _parts(report: Any, study: GrokkingStudy) -> None:
     )
     report.figure(circuit.neurons.figure())
     report.table(circuit.neurons.table(), "", circuit.neurons.terms)
-    report.figure(
-        circuit.keys.figure(), "Each rule for key frequencies, published or ours, under its name; x marks those named."
-    )
+    caption = "Each rule for key frequencies under its name; x marks the frequencies that it names, a point the others."
+    report.figure(circuit.keys.figure(), f"{caption} The colour is a rule's score as a share of its largest.")
+    with report.fold("What each rule is, and where it is published"):
+        report.table(Table(("rule", "what it is"), list(circuit.keys.sources.items())), "")
     report.figure(circuit.formula.figure())
     shown: dict[str, Any] = {
-        "The numbers on the plane of each key frequency, and on principal components.": circuit.circles,
+        "The numbers n on the plane of each key frequency k, and on principal components. The colour is k n modulo p: "
+        "its order is that of a circle of this frequency.": circuit.circles,
         "Whether neurons whose weights to the logits are waves read cos and sin of w (a + b).": circuit.directions,
         "The loss when the logits lose one frequency.": circuit.logit_ablation,
         "The loss when the neurons lose one frequency, and the rest of the model runs on.": circuit.neuron_ablation,
@@ -153,13 +153,15 @@ def _parts(report: Any, study: GrokkingStudy) -> None:
     shown["The two-dimensional spectrum of all logits. What depends on a + b alone is on the diagonal blocks."] = (
         circuit.plane
     )
-    shown["The effect of patching each neuron from one pair into another, added up by frequency."] = circuit.patching
+    caption = "The effect of patching each neuron from one pair into another, added up by frequency."
+    shown[f"{caption} none: neurons without a frequency that explains them above 85 %."] = circuit.patching
     for caption, part in shown.items():
         if part is not None:
             report.figure(part.figure(), caption)
     caption = (
         "All unseen pairs, after the last step. Intervals as if pairs were independent, which those of a model are not."
     )
+    report.figure(study.regions.figure(), caption)
     report.table(study.regions.table(), caption, study.regions.terms)
     if study.halfway is not None:
         accuracy = float(study.halfway.accuracy[0])

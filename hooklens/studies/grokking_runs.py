@@ -13,7 +13,7 @@ from hooklens.studies.grokking_study import GrokkingStudy, study_grokking
 from hooklens.training.loop import train
 from hooklens.training.run_folder import RECIPE, RunFolder
 from hooklens.training.run_recipe import Recipe, read_recipe
-from hooklens.training.training_run import Run
+from hooklens.training.training_run import Run, open_run
 
 _USUAL_RATE = 1e-3  # not said in the name of a folder
 _OWN = ("steps", "solved", "solved_for")  # of a control, whose steps are those that its run took
@@ -51,12 +51,26 @@ def check_recipe(folder: Path, recipe: Recipe) -> None:
             f"the run in {str(folder)!r} was trained on p = {kept.data.get('p')}, and p = {recipe.data.get('p')} is "
             "asked for; give that p, or another folder"
         )
+    asked, taken = recipe.training["steps"], kept.training["steps"]
+    if asked < taken and not kept.changed(training={"steps": asked}).differences(recipe):
+        raise InputError(
+            f"the run in {str(folder)!r} was begun for {taken:,} steps, and {asked:,} are asked for; ask for "
+            f"{taken:,} or more, or analyse the run as it is"
+        )
     more = {"steps": max(recipe.training["steps"], kept.training["steps"])}
     if differences := kept.changed(training=more).differences(recipe):
         raise InputError(
             f"the run in {str(folder)!r} has other settings: {'; '.join(differences[:3])}; give these, or "
             "another folder"
         )
+
+
+def steps_taken(folder: Path) -> int | None:
+    """How many steps the run in a folder has taken; None if there is none yet."""
+    try:
+        return open_run(folder).steps_done
+    except InputError:
+        return None
 
 
 def control_of(recipe: Recipe, steps: int) -> Iterator[tuple[str, Recipe]]:

@@ -55,6 +55,8 @@ _TERMS = {
     "value": "here",
     "published": "the number of Nanda et al. (2023) for their run, where there is one",
 }
+_ANSWERS = 0.9  # of the unseen pairs: below, a circuit does not solve the task
+_FAR_BELOW = 0.5
 _PATCHED = 8  # pairs of which every neuron is patched
 #: Of the paper's run: p = 113, 30 % of the pairs, weight decay 1, one seed, 40,000 steps.
 PUBLISHED: Mapping[str, str] = {
@@ -168,7 +170,7 @@ class GrokkingStudy(Result):
     def table(self, n: int | None = None) -> Table:
         """Everything that was measured, beside the published numbers where the setting is the paper's."""
         published = PUBLISHED if self.is_published_setting else {}
-        rows = [(name, _cell(value), published.get(name)) for name, value in self.values().items()]
+        rows = [(name, cell(name, value), published.get(name)) for name, value in self.values().items()]
         columns = ("what", "value", "published") if published else ("what", "value")
         return Table(columns, [row[: len(columns)] for row in rows]).head(n)
 
@@ -185,6 +187,12 @@ class GrokkingStudy(Result):
                 f"taken {self.n_steps:,}."
             )
         said.append(_circuit_sentence(self.circuit))
+        accuracy = float(self.regions.accuracy[0])
+        if self.circuit.frequencies and accuracy < _ANSWERS:
+            said.append(
+                f"This model answers {accuracy:.0%} of the unseen pairs: whatever these frequencies do in it, they are "
+                "not a circuit that solves the task."
+            )
         said += _causal_sentences(self.circuit)
         if self.phases is not None and self.phases.caveat:
             said.append(self.phases.caveat)
@@ -204,6 +212,11 @@ def study_grokking(run: Run | str | os.PathLike, *, controls: Mapping[str, Run] 
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability".
     """
     run = run if isinstance(run, Run) else open_run(run)
+    given = {} if controls is None else controls
+    if not isinstance(given, Mapping) or not all(isinstance(control, Run) for control in given.values()):
+        raise WrongType(
+            f"controls are runs by name, such as {{'weight decay 0': hl.open_run(...)}}; got {controls!r:.60}"
+        )
     data = task_of(run)
     check_table_size(data.p, data.fraction)
     kept = run.checkpoints()
@@ -219,7 +232,7 @@ def study_grokking(run: Run | str | os.PathLike, *, controls: Mapping[str, Run] 
         phases = find_phases(
             progress.steps, progress.excluded, progress.held_out_loss, generalised_at=grokking.generalised_at
         )
-    halfway_step, halfway = _halfway(run, data, progress)
+    halfway_step, halfway = _halfway(run, data, progress) if grokking.generalised_at is not None else (0, None)
     regions = measure_regions(model, data)
     return GrokkingStudy(
         modulus=data.p,
@@ -285,7 +298,7 @@ def read_circuit(model: HookedTransformer, data: Modular) -> CircuitReadings:
         return readings
     return replace(
         readings,
-        smallest=find_smallest_set(pairs) if pairs.loss < pairs.chance else None,
+        smallest=find_smallest_set(pairs) if pairs.loss < pairs.chance else None,  # the constant alone is as good
         circles=project_embedding(model, data, frequencies=used),
         directions=read_sum_directions(model, data, frequencies=used, table=pairs),
         logit_ablation=ablate_logit_frequencies(pairs),
@@ -317,7 +330,8 @@ def _costs(model: HookedTransformer, data: Modular, circuit: CircuitReadings, re
     implements = "no frequency explains 85 % of a neuron: no Fourier circuit"
     if used:
         explained = circuit.formula.explained_centred
-        implements = f"cosines of w_k (a + b - c), k = {used}: {explained:.1%} of the centred logits"
+        solves = "" if float(regions.accuracy[0]) >= _ANSWERS else "; does not solve the task"
+        implements = f"cosines of w_k (a + b - c), k = {used}: {explained:.1%} of the centred logits{solves}"
     name, value = f"modulo {data.p}, seed {data.seed}", float(regions.accuracy[0])
     pair = torch.tensor([[0, 0, data.p]], device=model.W_U.device)
     row = MeasuredModel(name=name, model=model, inputs=pair, measure="accuracy", value=value, implements=implements)
@@ -352,7 +366,17 @@ def _circuit_sentence(circuit: CircuitReadings) -> str:
         f"explains {circuit.formula.explained_centred:.1%} of the variance of the centred logits. On all pairs the "
         f"loss is {circuit.loss:.3g} nats and the restricted loss {circuit.restricted:.3g}; on the training pairs the "
         f"loss is {circuit.training_loss:.3g} and the excluded loss {circuit.excluded:.3g}; ln p is "
-        f"{circuit.chance:.3g}."
+        f"{circuit.chance:.3g}.{_lower(circuit)}"
+    )
+
+
+def _lower(circuit: CircuitReadings) -> str:
+    """Why a restricted loss can be far below the loss."""
+    if circuit.restricted is None or circuit.restricted > _FAR_BELOW * circuit.loss:
+        return ""
+    return (
+        " The restricted loss is the lower one because it leaves out what the model memorised, which spoils its "
+        "answers to unseen pairs."
     )
 
 
@@ -360,11 +384,11 @@ def _further(keys: KeyFrequencies) -> str:
     """The frequencies that most of the other rules name, and the neuron rule does not."""
     others = list(keys.by_rule.values())[1:]
     votes = Counter(k for named in others for k in named if k not in keys.keys)
-    further = sorted(k for k, count in votes.items() if 2 * count > len(others))
+    further = sorted(k for k, count in votes.items() if 2 * count >= len(others))
     if not further:
         return ""
     named = ", ".join(map(str, further))
-    return f" Most of the other rules also name {named}, which the formula and the losses below leave out."
+    return f" At least half of the other rules also name {named}, which the formula and the losses below leave out."
 
 
 def _causal_sentences(circuit: CircuitReadings) -> list[str]:
@@ -375,13 +399,13 @@ def _causal_sentences(circuit: CircuitReadings) -> list[str]:
         losses = dict(zip(ablation.frequencies.tolist(), ablation.losses.tolist(), strict=True))
         keys = [losses[k] for k in circuit.frequencies]
         others = [k for k in losses if k not in circuit.frequencies]
+        reach = f"{min(keys):.3g}" if len(keys) == 1 else f"between {min(keys):.3g} and {max(keys):.3g}"
         said.append(
-            f"Removing one key frequency from the neurons takes the loss on all pairs from {circuit.loss:.3g} to at "
-            f"least {min(keys):.3g} nats."
+            f"Removing one key frequency from the neurons takes the loss on all pairs from {circuit.loss:.3g} to "
+            f"{reach} nats."
         )
         if others:
-            most = max(others, key=lambda k: losses[k])
-            said[-1] += f" Of the other frequencies, {most} matters most: without it the loss is {losses[most]:.3g}."
+            said[-1] += _without_others({k: losses[k] for k in others}, circuit.loss, min(keys))
     if circuit.patching is not None:
         patching = circuit.patching
         said.append(
@@ -392,9 +416,40 @@ def _causal_sentences(circuit: CircuitReadings) -> list[str]:
     return said
 
 
-def _cell(value: Any) -> Any:
-    """Numbers as they are; what is missing as a word, because the column holds words too."""
-    return "none" if value is None else value
+def _without_others(losses: Mapping[int, float], base: float, weakest_key: float) -> str:
+    """What removing a frequency does that is not a key one."""
+    most = max(losses, key=lambda k: losses[k])
+    if losses[most] <= base:
+        return " Removing another frequency does not raise the loss."
+    said = f" Of the other frequencies, {most} matters most: without it the loss is {losses[most]:.3g}."
+    if losses[most] <= weakest_key:
+        return said
+    return (
+        f"{said} That is more than a key frequency costs: {most} is none only because of the threshold of 85 %, on "
+        "which restricted and excluded loss depend too."
+    )
+
+
+_UNSOLVED = "did not generalise"
+#: What stands in a table for a number that there is not.
+ABSENT: Mapping[str, str] = {
+    "memorised at step": "never",
+    "memorisation ends": _UNSOLVED,
+    "cleanup begins": _UNSOLVED,
+    "rise begins": _UNSOLVED,
+    "generalised at step": "never",
+    "restricted loss (nats)": "no key frequency",
+    "excluded loss (nats)": "no key frequency",
+    "smallest set within 1 %": "not searched: the loss is not below ln p",
+    "drop of the squared norm at grokking": "did not grok",
+    "largest drop of a control": "no control",
+    "weakest region": "none: all are correct",
+}
+
+
+def cell(name: str, value: Any) -> Any:
+    """A number as it is; why it is missing in words, because the column holds words too."""
+    return ABSENT.get(name, "none") if value is None else value
 
 
 def demo(model: HookedTransformer) -> GrokkingStudy | Needs:

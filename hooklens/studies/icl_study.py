@@ -31,6 +31,7 @@ from hooklens.plugins.algorithmic.icl import (
     measure_shifts,
     regress_attention,
 )
+from hooklens.plugins.algorithmic.icl.input_moments import need_task
 from hooklens.results.result import Result, Table
 from hooklens.studies.icl_errors import (
     LEAST_SQUARES,
@@ -193,6 +194,7 @@ def study_in_context(
 
     References: those of the methods in `hooklens.plugins.algorithmic.icl`.
     """
+    need_task(data)
     lengths = list(data.points)
     at = lengths[len(lengths) // 2] if at is None else whole("at", at, 1)
     if at not in lengths:

@@ -181,8 +181,7 @@ def _lock(handle: Any, path: Path) -> None:
             handle.seek(0)
             owner = handle.read().strip() or "another process"
             raise Unavailable(
-                f"{str(path)!r} is being written by {owner}; wait until it ends, stop it, or give another folder for "
-                "out="
+                f"{str(path)!r} is being written by {owner}; wait until it ends, stop it, or train in another folder"
             ) from error
         except OSError:  # a file system without locks: runs are not guarded there
             return

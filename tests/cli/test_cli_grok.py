@@ -48,7 +48,9 @@ def test_the_same_command_goes_on_and_the_run_and_its_model_are_analysed(made, t
     assert beside.exit_code == 0 and findings(beside) == findings(alone)
     moved = tmp_path / "moved.safetensors"
     moved.write_bytes(model.read_bytes())
-    elsewhere = invoke("grok", "--model", moved, *SMALL[:4], "--out", tmp_path / "f.html")
+    elsewhere = invoke("grok", "--model", moved, *SMALL[:4], "--seed", 0, "--out", tmp_path / "f.html")
+    unsaid = invoke("grok", "--model", moved, "--p", 5, "--out", tmp_path / "g.html")  # it took a split of its own
+    assert unsaid.exit_code == cli.BAD_INPUT and "give --fraction, --seed too" in unsaid.stderr.replace("\n", " ")
     assert elsewhere.exit_code == 0 and findings(elsewhere) == findings(alone)
     seeded = invoke("grok", "--model", model, "--seed", 3, "--out", tmp_path / "d.html")
     assert seeded.exit_code == cli.BAD_INPUT and "trained on seed = 0, and --seed 3 is asked for" in seeded.stderr
@@ -81,9 +83,10 @@ def test_the_same_command_goes_on_and_the_run_and_its_model_are_analysed(made, t
         (["--run", "r", "--controls"], "--run trains nothing, so --runs or --controls would have no effect"),
         (["--device", "toaster"], "toaster"),
         (["--device", "meta"], "holds shapes and no numbers"),
-        (["--weight-decay", "1e30"], "--weight-decay times the rate 0.001 is below 1, got 1e+30"),
-        (["--weight-decay", 400, "--fast"], "--weight-decay times the rate 0.003 is below 1, got 400"),
+        (["--weight-decay", "1e30"], "--weight-decay is below 1000 at the rate 0.001, got 1e+30"),
+        (["--weight-decay", 400, "--fast"], "--weight-decay is below 333.3 at the rate 0.003, got 400"),
         (["--runs", ""], "Invalid value for --runs: it is empty"),
+        (["-m", ""], "Invalid value for -m: it is empty"),
         (["--out="], "Invalid value for --out: it is empty"),
     ],
 )

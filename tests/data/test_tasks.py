@@ -160,3 +160,15 @@ def test_negative_numbers_and_steps_were_counted_from_the_end():
             data.batch(-1, 4)
         with refused(InputError, "size is a whole number of at least 1"):
             next(iter(data.held_out(0)))
+
+
+@pytest.mark.parametrize("pairs", [torch.tensor([1, 2]), torch.tensor([[1.0, 2.0]]), torch.tensor([[1, 2, 3]])])
+def test_pairs_of_another_form_failed_inside_torch_or_became_other_prompts(pairs):
+    with refused(InputError, r"whole numbers \[pair 2\]"):
+        hl.data.modular_arithmetic(p=5, fraction=0.8).examples(pairs)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, None, True])
+def test_batches_of_no_size_were_empty_or_failed_inside_torch(size):
+    with refused(InputError, "size is a whole number of at least 1"):
+        hl.data.in_context_regression(d=2, n_points=3).batch(0, size)

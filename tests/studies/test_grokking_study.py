@@ -9,6 +9,7 @@ from refused import refused
 
 import hooklens as hl
 from hooklens.core.errors import HooklensError
+from hooklens.plugins.algorithmic.fourier.frequency_ablation import FrequencyAblation
 from hooklens.plugins.algorithmic.grokking import GrokkingStep, fast_recipe, find_grokking, grokking_recipe
 from hooklens.plugins.algorithmic.grokking.norm_drop import GROKKING, NO_DECAY, SHUFFLED, compare_norm_drops
 from hooklens.plugins.algorithmic.grokking.phases import Phases
@@ -79,7 +80,7 @@ def test_findings_name_what_the_neuron_rule_leaves_out_and_compare_losses_of_the
     circuit = replace(study.circuit, keys=replace(keys, by_rule=named), **losses)
     text = " ".join(replace(study, circuit=circuit).findings())
     assert "Key frequencies by the neuron rule: 1;" in text
-    assert "Most of the other rules also name 2, which the formula and the losses below leave out." in text
+    assert "At least half of the other rules also name 2, which the formula and the losses below leave out." in text
     assert "On all pairs the loss is 3.25 nats and the restricted loss 0.5; on the training pairs" in text
     assert "on the training pairs the loss is 0.125 and the excluded loss 2.5" in text
     agreeing = replace(circuit, keys=replace(keys, by_rule=named | {"neurons": [1, 2]}))
@@ -111,6 +112,33 @@ def test_controls_are_compared_over_the_rise_of_the_run(folder, monkeypatch):
     assert study.norms.statement in study.findings()
 
 
+def test_what_is_not_there_is_said_with_its_reason(study, folder):
+    cells = dict(study.table().rows)
+    assert study.halfway is None and cells["rise begins"] == cells["memorisation ends"] == "did not generalise"
+    assert cells["drop of the squared norm at grokking"] == "did not grok"
+    bad = replace(study, circuit=replace(study.circuit, loss=9.0, smallest=None))
+    assert dict(bad.table().rows)["smallest set within 1 %"] == "not searched: the loss is not below ln p"
+    with refused(HooklensError, "controls are runs by name"):
+        study_grokking(hl.open_run(folder / "first" / "run"), controls={"x": "nope"})
+
+
+def test_findings_say_what_frequencies_do_in_a_model_that_does_not_solve_the_task(study):
+    measured = {"modulus": 7, "site": "post", "frequencies": torch.tensor([1, 2, 3]), "accuracies": torch.zeros(3)}
+    losses = torch.tensor([2.0, 3.0, 1.0], dtype=torch.float64)
+    ablation = FrequencyAblation(**measured, losses=losses, keys=[1], base=1.5, base_accuracy=0.2, chance=1.9)
+    keys = replace(study.circuit.keys, by_rule={rule: [1] for rule in study.circuit.keys.by_rule})
+    known = {"keys": keys, "loss": 1.5, "restricted": 0.1, "excluded": 2.5, "neuron_ablation": ablation}
+    circuit = replace(study.circuit, **known)
+    text = " ".join(replace(study, circuit=circuit).findings())
+    assert float(study.regions.accuracy[0]) < 0.9 and "not a circuit that solves the task" in text
+    assert "The restricted loss is the lower one because it leaves out what the model memorised" in text
+    assert "takes the loss on all pairs from 1.5 to 2 nats. Of the other frequencies, 2 matters most" in text
+    assert "2 is none only because of the threshold of 85 %" in text
+    lower = replace(circuit, neuron_ablation=replace(ablation, losses=torch.full((3,), 1.0)), restricted=1.0)
+    text = " ".join(replace(study, circuit=lower).findings())
+    assert "Removing another frequency does not raise the loss" in text and "is the lower one" not in text
+
+
 def test_the_same_call_goes_on_and_another_p_is_refused(folder):
     run = train_recipe(small(), folder / "first" / "run", show=False)
     assert run.steps_done == 100
@@ -120,7 +148,7 @@ def test_the_same_call_goes_on_and_another_p_is_refused(folder):
         train_recipe(small(weight_decay=0.5), folder / "first" / "run")
     longer = train_recipe(small(110), folder / "first" / "run", show=False)
     assert longer.steps_done == 110
-    with refused(HooklensError, "training.steps was 110 and is 100"):
+    with refused(HooklensError, "was begun for 110 steps, and 100 are asked for; ask for 110 or more"):
         train_recipe(small(100), folder / "first" / "run")
 
 

@@ -85,6 +85,10 @@ class KeyFrequencies(Result):
         """Those by the neuron rule, or by logit similarity in a model without neurons."""
         return next(iter(self.by_rule.values()))
 
+    def headline(self) -> str:
+        """The key frequencies first."""
+        return f"keys {' '.join(map(str, self.keys)) or 'none'}, {super().headline()}"
+
     @property
     def answers(self) -> int:
         """How many of the p answers the key frequencies tell apart; fewer than p only for composite p."""
@@ -156,7 +160,7 @@ def find_key_frequencies(
     rules = {}
     if table.post is not None:
         neurons = classify_neurons(table)
-        rules["neurons"] = neurons.keys(), neurons.counts().double()
+        rules["neurons"] = neurons.keys, neurons.counts().double()
     rules["logit similarity"] = by_logit_similarity(table.logits)
     if not isinstance(model, PairTable):
         spectra = measure_fourier_spectrum(model, table.modulus, layer=layer).spectra

@@ -78,6 +78,7 @@ class NeuronFrequencies(Result):
         """The number of neurons above the threshold, for frequencies 1 to p // 2."""
         return torch.bincount(self.frequency[self.is_explained], minlength=self.modulus // 2 + 1)[1:]
 
+    @property
     def keys(self) -> list[int]:
         """The frequencies with at least one neuron above the threshold."""
         return (self.counts().nonzero()[:, 0] + 1).tolist()
@@ -98,6 +99,7 @@ class NeuronFrequencies(Result):
         from hooklens.viz.figures import bars
         from hooklens.viz.histograms import histogram
         from hooklens.viz.small_multiples import panels
+        from hooklens.viz.theme import NEUTRAL
 
         n = len(self.explained)
         title = f"Neurons by frequency: {self.n_explained} of {n} are explained above {self.threshold:.0%}"
@@ -106,7 +108,11 @@ class NeuronFrequencies(Result):
         by_frequency = bars(
             self.counts(), labels=range(1, self.modulus // 2 + 1), title=title, x_title="frequency", y_title="neurons"
         )
-        shares = histogram(counts, edges, title="Variance that single-frequency terms explain", x_title="share")
+        shares = histogram(
+            counts, edges, title="Variance that single-frequency terms explain", x_title="share", y_title="neurons"
+        )
+        line = {"color": NEUTRAL, "width": 1.2, "dash": "dash"}
+        shares.add_vline(x=self.threshold, line=line, annotation={"text": "threshold", "font": {"size": 11}})
         return panels([by_frequency, shares])
 
 
@@ -122,19 +128,20 @@ def explain_by_frequency(post: Float[Tensor, "a b neuron"]) -> Float[Tensor, "ne
     the authors' notebook: activations are centred, and compared with constant, linear and quadratic terms.
     """
     centred = _centred(post)
-    return _shares(frequency_power_2d(centred), post).T
+    return _shares(frequency_power_2d(centred), post.double()).T
 
 
 def explain_by_sum(post: Float[Tensor, "a b neuron"]) -> Float[Tensor, "neuron frequency"]:
     """The share of each neuron's variance over all pairs in cos w_k (a + b) and sin w_k (a + b)."""
     centred = _centred(post)
-    return _shares(frequency_power(mean_by_sum(centred)) * len(post), post).T
+    return _shares(frequency_power(mean_by_sum(centred)) * len(post), post.double()).T
 
 
 def _centred(post: Float[Tensor, "a b neuron"]) -> Float[Tensor, "a b neuron"]:
     need_pairs("post", post, "[a b neuron]")
     need_finite("activations", post)
-    return post - post.mean((0, 1))
+    wide = post.double()
+    return wide - wide.mean((0, 1))
 
 
 def _shares(power: Float[Tensor, "frequency neuron"], post: Float[Tensor, "a b neuron"]) -> Tensor:
@@ -153,7 +160,7 @@ def classify_neurons(
 
     >>> from hooklens.testing import tiny_model
     >>> neurons = classify_neurons(tiny_model(d_vocab=14), 13)
-    >>> neurons.spectrum.shape, neurons.keys()            # an untrained model
+    >>> neurons.spectrum.shape, neurons.keys              # an untrained model
     (torch.Size([32, 6]), [])
 
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 4.3.

@@ -113,7 +113,7 @@ def cross_entropy(logits: Float[Tensor, "a b answer"]) -> Float[Tensor, "a b"]:
 
 
 def need_logits(logits: Any) -> int:
-    """Return p of the logits of all pairs; anything except a tensor p x p x p is refused.
+    """Return p of the logits of all pairs; anything except a tensor p x p x p of finite numbers is refused.
 
     >>> need_logits(torch.zeros(5, 5, 6))
     Traceback (most recent call last):
@@ -127,6 +127,7 @@ def need_logits(logits: Any) -> int:
             f"the logits of all pairs are a tensor [a b answer] with p entries along each axis, got {seen}; reshape "
             "those of a list of pairs by (p, p, -1) and drop the columns that are no answers, such as '='"
         )
+    need_finite("logits", logits)
     return len(logits)
 
 
@@ -152,7 +153,6 @@ def tabulate(
     1.0
     """
     p = need_logits(logits)
-    need_finite("logits", logits)
     if post is not None and need_pairs("post", post, "[a b neuron]") != p:
         raise InputError(f"post is a tensor [a b neuron] for the same p = {p} as the logits, got {list(post.shape)}")
     if post is not None:
@@ -234,10 +234,17 @@ def own_table(
         return as_table(model, data, layer=layer)
     p = as_table(table, data).modulus
     some = torch.arange(0, p**2, -(-(p**2) // _COMPARED))
-    seen = run_prompts(model, pair_prompts(model, p)[some])[:, :p]
-    kept = table.logits.flatten(0, 1)[some]
-    if bool((seen - kept).abs().max() > _SAME * kept.abs().max()):
-        raise InputError("the table is not that of this model: their logits differ; leave table out, or run it again")
+    activations = list[Tensor]()
+    seen = run_prompts(
+        model, pair_prompts(model, p)[some], keep=None if table.post is None else (("post", layer), activations)
+    )
+    compared = [("logits", table.logits, seen[:, :p])]
+    if table.post is not None:
+        compared.append((f"neurons of layer {layer}", table.post, torch.cat(activations).double()))
+    for name, values, own in compared:
+        kept = values.flatten(0, 1)[some]
+        if kept.shape != own.shape or bool((own - kept).abs().max() > _SAME * kept.abs().max()):
+            raise InputError(f"the table is not that of this model: the {name} differ; leave it out, or make it again")
     return table
 
 

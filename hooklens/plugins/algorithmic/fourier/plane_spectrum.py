@@ -49,18 +49,22 @@ class PlaneSpectrum(Result):
         from hooklens.viz.figures import heatmap
 
         names, title = component_names(len(self.norms)), f"2-D Fourier components of the {_SITES[self.site]}"
+        of = "component"
+        if len(names) > _NAMED:  # of very many labels every second is shown: all cosines would be missing
+            names, of = [name.removeprefix("cos ").removeprefix("sin ") for name in names], "frequency (cosine, sine)"
         return heatmap(
             self.norms,
             x=names,
             y=names,
             title=title,
-            x_title="component of b",
-            y_title="component of a",
+            x_title=f"{of} of b",
+            y_title=f"{of} of a",
             colourbar="norm",
             diverging=False,
         )
 
 
+_NAMED = 40  # components that are all named
 _SITES = {"post": "neurons", "logits": "logits"}
 
 

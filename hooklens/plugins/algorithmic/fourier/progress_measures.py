@@ -26,7 +26,7 @@ from hooklens.plugins.algorithmic.fourier.pair_table import (
     tabulate,
 )
 from hooklens.plugins.algorithmic.fourier.weight_spectra import measure_fourier_spectrum
-from hooklens.plugins.algorithmic.trained_task import trained_task
+from hooklens.plugins.algorithmic.task_of_run import trained_task
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
 from hooklens.training.training_run import Run, open_run
@@ -39,12 +39,13 @@ def restricted_logits(logits: Logits, frequencies: Iterable[int]) -> Logits:
     >>> bool(torch.allclose(restricted_logits(ones, [1]), ones))
     True
     """
-    logits = logits.double()
-    return logits.mean((0, 1)) + _sum_terms(logits, frequencies)
+    need_logits(logits)
+    return logits.double().mean((0, 1)) + _sum_terms(logits.double(), frequencies)
 
 
 def excluded_logits(logits: Logits, frequencies: Iterable[int]) -> Logits:
     """The logits without their terms in cos w_k (a + b) and sin w_k (a + b) of these frequencies."""
+    need_logits(logits)
     return logits.double() - _sum_terms(logits.double(), frequencies)
 
 
@@ -90,7 +91,7 @@ def excluded_loss(logits: Logits, frequencies: Iterable[int], trained: Bool[Tens
 
 def _sum_terms(logits: Logits, frequencies: Iterable[int]) -> Logits:
     """The part of the logits in cos and sin of w_k (a + b): a function of the sum alone."""
-    p = need_logits(logits)
+    p = len(logits)
     kept = keep_frequencies(mean_by_sum(logits), checked_frequencies(frequencies, p))
     return kept[sums(p).to(logits.device)]
 
@@ -153,18 +154,14 @@ class Progress(Result):
         names = ", ".join(map(str, self.frequencies.tolist()))
         cosines = {f"frequency {k}": self.coefficients[:, i] for i, k in enumerate(self.frequencies.tolist())}
         sparsity = {"W_E": self.gini_embedding, "W_L": self.gini_neuron_logit}
+        squares = {"squares": self.squared_weights}
+        at: dict[str, Any] = {"x": self.steps, "x_title": "step"}
         return panels(
             [
-                lines(losses, self.steps, title=f"Losses; key frequencies {names}", y_title="nats", log="xy"),
-                lines(cosines, self.steps, title="Coefficients of cos w (a + b - c)", y_title="logits", log="x"),
-                lines(sparsity, self.steps, title="Gini coefficient of Fourier norms", y_title="Gini", log="x"),
-                lines(
-                    {"squares": self.squared_weights},
-                    self.steps,
-                    title="Sum of squared weights",
-                    x_title="step",
-                    log="x",
-                ),
+                lines(losses, title=f"Losses; key frequencies {names}", y_title="nats", log="xy", **at),
+                lines(cosines, title="Coefficients of cos w (a + b - c)", y_title="logits", log="x", **at),
+                lines(sparsity, title="Gini coefficient of Fourier norms", y_title="Gini", log="x", **at),
+                lines(squares, title="Sum of squared weights", y_title="sum of squares", log="x", **at),
             ]
         )
 

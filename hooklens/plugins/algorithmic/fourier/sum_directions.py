@@ -107,7 +107,7 @@ def read_sum_directions(
     post = need_neurons(table)
     p, W_L = table.modulus, neuron_logit_map(model, table.modulus, layer=layer)
     if frequencies is None:
-        frequencies = need_keys(classify_neurons(table).keys(), "here")
+        frequencies = need_keys(classify_neurons(table).keys, "here")
     rows = torch.isin(component_frequencies(p), torch.tensor(checked_frequencies(frequencies, p))).nonzero()[:, 0]
     basis = fourier_basis(p)[rows]
     directions = basis @ W_L.T

@@ -109,9 +109,9 @@ def _check_decay(weight_decay: float, rate: float) -> None:
     """Raise for a decay that is negative, or that takes all of a weight in one step."""
     if real("weight_decay", weight_decay, 0.0) * rate >= 1:
         raise ArgumentError(
-            "{weight_decay} times the rate {0:g} is below 1, got {1:g}: every step would set the weights to 0 or turn "
-            "their sign",
-            *(rate, weight_decay),
+            "{weight_decay} is below {0:.4g} at the rate {1:g}, got {2:g}: every step would set the weights to 0 or "
+            "turn their sign",
+            *(1 / rate, rate, weight_decay),
         )
 
 

@@ -120,7 +120,7 @@ def squared_weights(run: Run, *, including: Sequence[int] = ()) -> tuple[Int[Ten
 
     Reference: Nanda et al. (2023), section 5.2, which plots the same sum.
     """
-    rows = run.steps()
+    rows = (run if isinstance(run, Run) else open_run(run)).steps()
     at_ratios = np.round(np.geomspace(1, len(rows.steps), _POINTS)).astype(np.int64) - 1
     kept = np.union1d(at_ratios, np.flatnonzero(np.isin(rows.steps, np.asarray(including, dtype=np.int64))))
     squares = np.square(rows["parameter_norms"][kept].astype(np.float64)).sum(1)

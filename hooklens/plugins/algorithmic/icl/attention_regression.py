@@ -32,7 +32,8 @@ class AttentionRegression(Result):
 
     The rows of the examples are left out: they do not answer. `r2` counts all variance of the scores; `r2_within` the
     variance between points of the same prompt, which is all that a softmax sees. `random_r2` is that of the products
-    with points of another prompt, NaN where there is one prompt.
+    with points of another prompt, NaN where there is one prompt. The slope alone is no rate: the weights from values to
+    the answer have the rest of it, and any factor can move from one to the other.
     """
 
     head: str

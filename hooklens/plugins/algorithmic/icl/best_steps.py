@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.arguments import real, several, whole
+from hooklens.core.arguments import flag, real, several, whole
 from hooklens.core.errors import InputError, WrongType
 from hooklens.data.regression import InContextRegression
 from hooklens.plugins.algorithmic.icl.input_moments import InputMoments, Matrix, draw_spectra
@@ -21,7 +21,8 @@ from hooklens.results.result import Result, Table
 _SPECTRA_DRAWS = 20_000  # a second in 10 dimensions
 _SEARCH = 60  # iterations of L-BFGS
 # Copies of data sets with larger eigenvalues: few enough to cost a search little, and as large as later draws can be.
-_COPIED, _LARGER = 5000, 1.15
+_COPIED = 5000
+_LARGER, _STILL_LARGER = (1.15,), (1.15, 1.3)  # times the eigenvalues; for GD++ two copies of each
 
 Lengths = int | Sequence[int]
 PerLength = Float[Tensor, "length"]
@@ -118,7 +119,7 @@ def best_step(
     Reference: von Oswald et al. (2023), section 3 and appendix A.6, search the rate on 10,000 tasks; the closed form is
     derived above.
     """
-    _need_moments(moments)
+    _need_moments(moments, mean)
     ks, weights = _mixture(lengths, probabilities)
     linear, square = (torch.stack(terms) for terms in zip(*(_terms(moments, k, noise, mean) for k in ks), strict=True))
     linear, square = ((moments.covariance @ term).diagonal(dim1=-2, dim2=-1).sum(-1) for term in (linear, square))
@@ -152,7 +153,7 @@ def best_preconditioner(
 
     Reference: Ahn et al. (2023), theorem 1; Zhang et al. (2023), theorem 4.1 (noise and mixtures are derived here).
     """
-    _need_moments(moments)
+    _need_moments(moments, mean)
     ks, weights = _mixture(lengths, probabilities)
     linear, square = (torch.stack(terms) for terms in zip(*(_terms(moments, k, noise, mean) for k in ks), strict=True))
     summed = (torch.einsum("k,kij->ij", weights, term) for term in (square, linear))
@@ -204,7 +205,9 @@ def best_gd_plus_plus(
     Searched in the same way; von Oswald et al. (2023), section 3 and appendix A.12, tune a rate and a gamma for each
     layer, too. The loss has several minima, so the error found is an upper bound of the best one.
     """
-    spectra, learners = _drawn(data, lengths, draws, seed), list[GDPlusPlus]()
+    ks, _ = _mixture(lengths, None)
+    spectra = [(k, with_larger(draw_spectra(data, k, draws=draws, seed=seed))) for k in ks]
+    learners = list[GDPlusPlus]()
     start = _gentle(data, spectra)
     for _ in range(whole("depth", depth, 1)):
         parameters = torch.tensor(_searched(data, spectra, lambda p: tuple(p.chunk(2)), start), dtype=torch.float64)
@@ -226,20 +229,23 @@ def spectral_errors(
     return variance * (missed + data.noise**2 / k * gain.square() * eigenvalues).sum(-1) + data.noise**2
 
 
-def with_larger(spectra: Float[Tensor, "draw d"]) -> Float[Tensor, "more d"]:
-    """The data sets, and a copy of one in `_COPIED` of them, those with the largest eigenvalues, with larger ones.
+def with_larger(spectra: Float[Tensor, "draw d"], factors: Sequence[float] = _STILL_LARGER) -> Float[Tensor, "more d"]:
+    """The data sets, and copies of one in `_COPIED` of them, those with the largest eigenvalues, with larger ones.
 
     Data sets that are drawn later exceed those drawn so far. Rates that fit the drawn ones alone diverge there, since
-    the gain of n steps is a polynomial in the eigenvalues of degree n - 1, and of GD++ of degree (3^n - 3) / 2.
+    the gain of n steps is a polynomial in the eigenvalues of degree n - 1, and of GD++ of degree (3^n - 3) / 2. GD++
+    has two copies, of 1.15 and 1.3 times the eigenvalues: with the first alone one of six steps diverged beyond it.
 
-    >>> with_larger(torch.tensor([[1.0, 2.0], [0.5, 4.0]]))[-1]
-    tensor([0.5750, 4.6000])
+    >>> with_larger(torch.tensor([[1.0, 2.0], [0.5, 4.0]]))[2:]
+    tensor([[0.5750, 4.6000],
+            [0.6500, 5.2000]])
     """
-    largest = spectra.amax(1).topk(-(-len(spectra) // _COPIED)).indices
-    return torch.cat([spectra, _LARGER * spectra[largest]])
+    largest = spectra[spectra.amax(1).topk(-(-len(spectra) // _COPIED)).indices]
+    return torch.cat([spectra, *(factor * largest for factor in factors)])
 
 
-def _need_moments(moments: Any) -> None:
+def _need_moments(moments: Any, mean: bool) -> None:
+    flag("mean", mean)
     if not isinstance(moments, InputMoments):
         raise WrongType(f"moments are those of the inputs, hl.icl.moments_of(data); got {moments!r:.60}")
 
@@ -262,7 +268,7 @@ def _terms(moments: InputMoments, k: int, noise: float, mean: bool) -> tuple[Mat
 
 def _drawn(data: InContextRegression, lengths: Lengths, draws: int, seed: int) -> Spectra:
     ks, _ = _mixture(lengths, None)
-    return [(k, with_larger(draw_spectra(data, k, draws=draws, seed=seed))) for k in ks]
+    return [(k, with_larger(draw_spectra(data, k, draws=draws, seed=seed), _LARGER)) for k in ks]
 
 
 def _gentle(data: InContextRegression, spectra: Spectra) -> Float[Tensor, "parameter"]:

@@ -12,6 +12,7 @@ from hooklens.core.errors import ArgumentError, InputError, WrongType
 from hooklens.data.regression import InContextRegression
 
 Matrix = Float[Tensor, "d d"]
+_ROUNDING = 1e-6  # of the largest entry: moments may come from float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,12 +27,19 @@ class InputMoments:
     fourth: Matrix
 
     def __post_init__(self) -> None:
-        d = len(self.covariance)
-        for name, matrix in (("covariance", self.covariance), ("fourth", self.fourth)):
-            if tuple(matrix.shape) != (d, d) or not bool(matrix.isfinite().all()):
-                raise InputError(f"{name} is a matrix [d d] of finite numbers, got one of shape {list(matrix.shape)}")
+        for name in ("covariance", "fourth"):
+            object.__setattr__(self, name, _symmetric(name, getattr(self, name)))
+        if self.covariance.shape != self.fourth.shape:
+            sizes = len(self.covariance), len(self.fourth)
+            raise InputError(f"covariance and fourth are of the same coordinates, got {sizes[0]} and {sizes[1]}")
         if not float(self.covariance.trace()) > 0:
             raise InputError("the inputs have a variance of 0, so that no step learns from them; give another variance")
+        if _least(self.covariance) < -_ROUNDING:
+            raise InputError("a covariance has no negative eigenvalue, and this matrix has one")
+        if _least(self.fourth - self.covariance @ self.covariance) < -_ROUNDING:
+            raise InputError(
+                "fourth is E |x|^2 x x^T, which is at least the square of the covariance; no inputs have these moments"
+            )
 
     @property
     def d(self) -> int:
@@ -54,7 +62,7 @@ def independent_moments(d: int, variance: float, fourth: float) -> InputMoments:
     E |x|^2 x_i^2 = mu_4 + (d - 1) s^4, and E |x|^2 x_i x_j = 0 for i not j. A fourth moment is at least the square of
     the variance.
     """
-    if real("fourth", fourth) < real("variance", variance, 0.0) ** 2:
+    if real("fourth", fourth) < real("variance", variance, 0.0) ** 2 * (1 - _ROUNDING):
         raise ArgumentError(
             "{fourth} moments are at least the square of the {variance}, {0:g}; got {1:g}", variance**2, fourth
         )
@@ -73,13 +81,27 @@ def normal_moments(covariance: Matrix) -> InputMoments:
     >>> normal_moments(torch.eye(3, dtype=torch.float64)).fourth[0, 0]
     tensor(5., dtype=torch.float64)
     """
-    square = covariance.ndim == 2 and covariance.shape[0] == covariance.shape[1]
-    if not square or not torch.allclose(covariance, covariance.mT):
-        raise InputError(f"a covariance is a symmetric matrix [d d], got one of shape {list(covariance.shape)}")
-    wide = covariance.double()
-    if bool(torch.linalg.eigvalsh(wide)[0] < -1e-6 * wide.abs().max()):
+    wide = _symmetric("covariance", covariance)
+    if _least(wide) < -_ROUNDING:
         raise InputError("a covariance has no negative eigenvalue, and this matrix has one")
     return InputMoments(wide, 2 * wide @ wide + wide.trace() * wide)
+
+
+def _symmetric(name: str, matrix: Any) -> Matrix:
+    """The matrix in float64, refused unless it is a symmetric one of finite real numbers."""
+    square = isinstance(matrix, Tensor) and matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1] > 0
+    if not square or matrix.is_complex():
+        seen = f"{matrix.dtype} {list(matrix.shape)}" if isinstance(matrix, Tensor) else f"{matrix!r:.60}"
+        raise InputError(f"{name} is a symmetric matrix [d d] of real numbers, got {seen}")
+    wide = matrix.detach().double()
+    if not bool(wide.isfinite().all()) or float((wide - wide.mT).abs().max()) > _ROUNDING * float(wide.abs().max()):
+        raise InputError(f"{name} is a symmetric matrix of finite numbers, and this one is not")
+    return wide
+
+
+def _least(matrix: Matrix) -> float:
+    """The smallest eigenvalue over the largest entry."""
+    return float(torch.linalg.eigvalsh(matrix)[0] / matrix.abs().max().clamp_min(1e-300))
 
 
 def need_task(data: Any) -> None:

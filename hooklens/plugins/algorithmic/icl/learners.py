@@ -186,6 +186,8 @@ class PreconditionedStep(Learner):
         shape = list(self.matrix.shape) if isinstance(self.matrix, Tensor) else type(self.matrix).__name__
         if not isinstance(self.matrix, Tensor) or self.matrix.ndim != 2 or shape[0] != shape[1]:
             raise InputError(f"the matrix of a preconditioned step is a tensor [d d]; got {shape}")
+        if not self.matrix.is_floating_point() or not bool(self.matrix.isfinite().all()):
+            raise InputError("the matrix of a preconditioned step holds finite numbers with a point, and this does not")
 
     @property
     def title(self) -> str:

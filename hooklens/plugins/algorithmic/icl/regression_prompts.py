@@ -14,7 +14,7 @@ from hooklens.data.regression import InContextRegression, in_context_regression
 from hooklens.model.config import VectorEmbed
 from hooklens.model.transformer import HookedTransformer, need_hooked
 from hooklens.plugins.algorithmic.icl.input_moments import need_task
-from hooklens.plugins.algorithmic.trained_task import trained_task
+from hooklens.plugins.algorithmic.task_of_run import trained_task
 from hooklens.training.training_run import Run
 
 Points = Float[Tensor, "task point d"]
@@ -43,7 +43,14 @@ class RegressionPrompts:
         if not isinstance(self.points, Tensor) or self.points.ndim != 3:
             seen = list(self.points.shape) if isinstance(self.points, Tensor) else f"{self.points!r:.60}"
             raise InputError(f"points are a tensor [task point d], one task with points[None]; got {seen}")
+        parts = (self.points, self.answers, self.query, self.target)
+        if not all(isinstance(part, Tensor) and part.is_floating_point() for part in parts):
+            raise InputError("points, answers, query and target are tensors of real numbers with a point")
+        if not all(bool(part.detach().isfinite().all()) for part in parts):
+            raise InputError("some numbers of these prompts are not finite")
         tasks, n, d = self.points.shape
+        if not n or not d:
+            raise InputError(f"a prompt has at least one example of one coordinate, got {n} of {d}")
         shapes = [tuple(part.shape) for part in (self.answers, self.query, self.target)]
         if shapes != [(tasks, n), (tasks, d), (tasks,)]:
             raise InputError(
@@ -53,6 +60,10 @@ class RegressionPrompts:
 
     def __len__(self) -> int:
         return len(self.points)
+
+    def __repr__(self) -> str:
+        how = "x and y in tokens of their own" if self.interleaved else "a token for each example"
+        return f"RegressionPrompts({len(self)} prompts of {self.n_points} examples in {self.d} dimensions, {how})"
 
     @property
     def n_points(self) -> int:

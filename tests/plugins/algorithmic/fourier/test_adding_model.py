@@ -61,6 +61,11 @@ def test_every_rule_finds_the_planted_frequencies(model, table):
     assert find_key_frequencies(model, P, table=table).by_rule == key.by_rule
 
 
+def test_key_frequencies_print_which_they_are(model, table):
+    found = find_key_frequencies(model, table.modulus)
+    assert repr(found).splitlines()[0].startswith(f"KeyFrequencies: keys {' '.join(map(str, found.keys))}, ")
+
+
 @pytest.mark.parametrize(("p", "radii"), [(13, {2: 3.0, 5: 1.0}), (7, {3: 1.0}), (10, {2: 1.0, 3: 4.0})])
 def test_circles_of_different_radii_are_found_by_circularity(p, radii):
     basis = fourier_basis(p)
@@ -239,7 +244,18 @@ def test_the_table_of_another_model_was_taken_for_the_models_own(model, table):
     p = table.modulus
     assert find_key_frequencies(model, p, table=table).keys == find_key_frequencies(model, table=table).keys
     for read in (find_key_frequencies, read_sum_directions):
-        with refused(InputError, says="not that of this model: their logits differ"):
+        with refused(InputError, says="not that of this model: the logits differ"):
             read(other, p, table=table)
         with refused(InputError, says=f"one of p = {p}, and data of p = 7"):
             read(other, 7, table=table)
+
+
+def test_neurons_of_another_layer_or_of_nowhere_were_taken_for_the_models_own(model, table):
+    """The logits of a table do not say which layer its neurons are of."""
+    deep, p = tiny_model(d_vocab=8, n_layers=2), 7
+    with refused(InputError, says="the neurons of layer -1 differ"):
+        read_sum_directions(deep, p, frequencies=[2], table=run_pairs(deep, p, layer=0))
+    assert read_sum_directions(deep, p, frequencies=[2], table=run_pairs(deep, p)).waves == ["cos 2", "sin 2"]
+    drawn = torch.randn(table.post.shape, generator=torch.Generator().manual_seed(0))
+    with refused(InputError, says="the neurons of layer -1 differ"):
+        find_key_frequencies(model, table.modulus, table=tabulate(table.logits, post=drawn))

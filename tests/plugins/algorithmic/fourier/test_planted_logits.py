@@ -225,7 +225,7 @@ def test_neurons_of_planted_waves():
     neurons = classify_neurons(tabulate(torch.zeros(p, p, p), post=post))
     assert neurons.frequency.tolist() == [3, 2, 4, 5, 0]
     assert torch.allclose(neurons.explained, torch.tensor([1, 1, 1, 0.8, 0]).double())
-    assert neurons.keys() == [2, 3, 4] and neurons.n_explained == 3 and neurons.share_explained == 0.6
+    assert neurons.keys == [2, 3, 4] and neurons.n_explained == 3 and neurons.share_explained == 0.6
     assert torch.allclose(neurons.sum_spectrum[[0, 1, 2], [2, 1, 3]], torch.tensor([1, 0, 0.5]).double(), atol=1e-12)
 
 
@@ -299,7 +299,7 @@ def test_the_analytic_quadratic_network_without_a_transformer(p, k):
     assert neurons.frequency.tolist() == [k] * len(neurons.frequency)
     assert torch.allclose(neurons.spectrum[:, k - 1], torch.full((16,), 0.8).double())
     assert torch.allclose(neurons.spectrum[:, double - 1], torch.full((16,), 0.2).double())
-    assert neurons.keys() == [] and classify_neurons(table, threshold=0.75).keys() == [k]  # 85 % is a rule for ReLU
+    assert neurons.keys == [] and classify_neurons(table, threshold=0.75).keys == [k]  # 85 % is a rule for ReLU
 
 
 @pytest.mark.parametrize(
@@ -354,3 +354,20 @@ def test_values_of_some_pairs_only_and_missing_training_pairs():
         excluded_loss(torch.zeros(5, 5, 5), [1], None)
     with refused(InputError, says="at least 0 and below 1; got 1.5"):
         classify_neurons(tabulate(torch.zeros(5, 5, 5), post=torch.zeros(5, 5, 2)), threshold=1.5)
+
+
+@pytest.mark.parametrize(
+    "read", [lambda x: restricted_logits(x, [1]), lambda x: excluded_logits(x, [1]), cross_entropy, logit_similarity]
+)
+@pytest.mark.parametrize(
+    "logits", [torch.zeros(5, 5, 5) * 1j, torch.full((5, 5, 5), math.nan), torch.zeros(5, 5, 5).long()]
+)
+def test_logits_that_are_no_finite_real_numbers_lost_a_part_or_gave_nan(read, logits):
+    with refused(InputError, says="not finite|p entries along each axis"):
+        read(logits)
+
+
+def test_shares_of_half_precision_were_above_one():
+    post = formula_logits(7, {2: 9.0}).half()
+    for read in (explain_by_frequency, explain_by_sum):
+        assert bool((read(post) <= 1 + 1e-12).all())
