@@ -21,8 +21,7 @@ from hooklens.results.result import Result, Table
 _SPECTRA_DRAWS = 20_000  # a second in 10 dimensions
 _SEARCH = 60  # iterations of L-BFGS
 # Copies of data sets with larger eigenvalues: few enough to cost a search little, and as large as later draws can be.
-_COPIED = 5000
-_LARGER, _STILL_LARGER = (1.15,), (1.15, 1.3)  # times the eigenvalues; for GD++ two copies of each
+_COPIED, _LARGER = 5000, (1.15,)
 
 Lengths = int | Sequence[int]
 PerLength = Float[Tensor, "length"]
