@@ -197,15 +197,22 @@ def best_step_schedules(
 
 
 def best_gd_plus_plus(
-    data: InContextRegression, lengths: Lengths, depth: int, *, draws: int = _SPECTRA_DRAWS, seed: int = 0
+    data: InContextRegression,
+    lengths: Lengths,
+    depth: int,
+    *,
+    draws: int = _SPECTRA_DRAWS,
+    larger: Sequence[float] = _LARGER,
+    seed: int = 0,
 ) -> list[GDPlusPlus]:
     """1, 2, ... `depth` steps of GD++ with rates and gammas of their own.
 
     Searched in the same way; von Oswald et al. (2023), section 3 and appendix A.12, tune a rate and a gamma for each
-    layer, too. The loss has several minima, so the error found is an upper bound of the best one.
+    layer, too. The loss has several minima, so the error found is an upper bound of the best one. `larger` are the
+    factors of `with_larger`: further ones keep steps from diverging on rarer data sets, and make the search harder.
     """
     ks, _ = _mixture(lengths, None)
-    spectra = [(k, with_larger(draw_spectra(data, k, draws=draws, seed=seed))) for k in ks]
+    spectra = [(k, with_larger(draw_spectra(data, k, draws=draws, seed=seed), larger)) for k in ks]
     learners = list[GDPlusPlus]()
     start = _gentle(data, spectra)
     for _ in range(whole("depth", depth, 1)):
@@ -228,16 +235,15 @@ def spectral_errors(
     return variance * (missed + data.noise**2 / k * gain.square() * eigenvalues).sum(-1) + data.noise**2
 
 
-def with_larger(spectra: Float[Tensor, "draw d"], factors: Sequence[float] = _STILL_LARGER) -> Float[Tensor, "more d"]:
+def with_larger(spectra: Float[Tensor, "draw d"], factors: Sequence[float] = _LARGER) -> Float[Tensor, "more d"]:
     """The data sets, and copies of one in `_COPIED` of them, those with the largest eigenvalues, with larger ones.
 
     Data sets that are drawn later exceed those drawn so far. Rates that fit the drawn ones alone diverge there, since
-    the gain of n steps is a polynomial in the eigenvalues of degree n - 1, and of GD++ of degree (3^n - 3) / 2. GD++
-    has two copies, of 1.15 and 1.3 times the eigenvalues: with the first alone one of six steps diverged beyond it.
+    the gain of n steps is a polynomial in the eigenvalues of degree n - 1, and of GD++ of degree (3^n - 3) / 2. There
+    is a copy for each of the factors.
 
     >>> with_larger(torch.tensor([[1.0, 2.0], [0.5, 4.0]]))[2:]
-    tensor([[0.5750, 4.6000],
-            [0.6500, 5.2000]])
+    tensor([[0.5750, 4.6000]])
     """
     largest = spectra[spectra.amax(1).topk(-(-len(spectra) // _COPIED)).indices]
     return torch.cat([spectra, *(factor * largest for factor in factors)])
@@ -267,7 +273,7 @@ def _terms(moments: InputMoments, k: int, noise: float, mean: bool) -> tuple[Mat
 
 def _drawn(data: InContextRegression, lengths: Lengths, draws: int, seed: int) -> Spectra:
     ks, _ = _mixture(lengths, None)
-    return [(k, with_larger(draw_spectra(data, k, draws=draws, seed=seed), _LARGER)) for k in ks]
+    return [(k, with_larger(draw_spectra(data, k, draws=draws, seed=seed))) for k in ks]
 
 
 def _gentle(data: InContextRegression, spectra: Spectra) -> Float[Tensor, "parameter"]:
