@@ -37,7 +37,7 @@ _TERMS = {
     "Gini of W_L": "the same of the neuron-to-logit map W_out W_U",
     "drop of the squared norm at grokking": "the share of the sum of squares lost between the start of the rise "
     "and generalisation",
-    "largest drop of a control": "the same in a run that should not grok; none if no such run was trained",
+    "largest drop of a control": "the same in a run that should not grok",
     "weakest region": "of the table, by accuracy on unseen pairs",
 }
 
