@@ -130,7 +130,8 @@ def _task_of(model: Path, options: GrokOptions) -> "Modular":
 
     run = model.resolve().parent.parent
     if not (run / "run.json").is_file():
-        missing = [name for name in ("p", "fraction", "seed") if getattr(options, name) is None]
+        unsaid = ("seed",) if options.fast else ("p", "fraction", "seed")
+        missing = [name for name in unsaid if getattr(options, name) is None]
         if missing:
             raise InputError(
                 f"--model {str(model)!r} lies in no run, so it does not say on which pairs it was trained; give "

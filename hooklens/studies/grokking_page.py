@@ -32,7 +32,7 @@ _TERMS = {
     "excluded loss (nats)": "the training loss if only those terms are removed",
     "ln p (nats)": "the loss of equal probabilities for all answers",
     "smallest set within 1 %": "the fewest frequencies, of all, whose restricted loss is at most 1 % above the loss on "
-    "all pairs",
+    "all pairs; searched if there are key frequencies and the loss is below ln p",
     "Gini of W_E": "of the norms of the embedding's Fourier components: 0 if all are equal, near 1 if few are large",
     "Gini of W_L": "the same of the neuron-to-logit map W_out W_U",
     "drop of the squared norm at grokking": "the share of the sum of squares lost between the start of the rise "

@@ -8,14 +8,13 @@ from typing import Any
 from hooklens.core.arguments import path_of
 from hooklens.core.errors import InputError
 from hooklens.plugins.algorithmic.grokking.grokking_step import find_grokking
-from hooklens.plugins.algorithmic.grokking.modular_recipes import control_recipes
+from hooklens.plugins.algorithmic.grokking.modular_recipes import RATE, control_recipes
 from hooklens.studies.grokking_study import GrokkingStudy, study_grokking
 from hooklens.training.loop import train
 from hooklens.training.run_folder import RECIPE, RunFolder
 from hooklens.training.run_recipe import Recipe, read_recipe
 from hooklens.training.training_run import Run, open_run
 
-_USUAL_RATE = 1e-3  # not said in the name of a folder
 _OWN = ("steps", "solved", "solved_for")  # of a control, whose steps are those that its run took
 
 
@@ -120,7 +119,7 @@ def folder_name(recipe: Recipe) -> str:
     data, rule = recipe.data, recipe.training["optimizer"]
     inner = rule.get("inner", rule)
     own = "" if rule["part"] == "adamw" else f"_{rule['part']}"
-    own += "" if inner.get("lr", _USUAL_RATE) == _USUAL_RATE else f"_rate{_short(inner['lr'])}"
+    own += "" if inner.get("lr", RATE) == RATE else f"_rate{_short(inner['lr'])}"
     decay = _short(inner.get("weight_decay", 0.0))
     return f"p{data['p']}_fraction{_short(data['fraction'])}_decay{decay}{own}_seed{data['seed']}"
 

@@ -50,6 +50,8 @@ def test_the_same_command_goes_on_and_the_run_and_its_model_are_analysed(made, t
     moved.write_bytes(model.read_bytes())
     elsewhere = invoke("grok", "--model", moved, *SMALL[:4], "--seed", 0, "--out", tmp_path / "f.html")
     unsaid = invoke("grok", "--model", moved, "--p", 5, "--out", tmp_path / "g.html")  # it took a split of its own
+    fast = invoke("grok", "--model", moved, "--fast", "--out", tmp_path / "g.html")
+    assert fast.exit_code == cli.BAD_INPUT and "pairs it was trained; give --seed too" in fast.stderr.replace("\n", " ")
     assert unsaid.exit_code == cli.BAD_INPUT and "give --fraction, --seed too" in unsaid.stderr.replace("\n", " ")
     assert elsewhere.exit_code == 0 and findings(elsewhere) == findings(alone)
     seeded = invoke("grok", "--model", model, "--seed", 3, "--out", tmp_path / "d.html")

@@ -13,7 +13,7 @@ from hooklens.training.run_recipe import Recipe
 STEPS = 20_000  # most of a run; one that generalised stops before
 _WARMUP = 10
 _WIDTH = 128
-_RATE, _FAST_RATE = 1e-3, 3e-3
+RATE, _FAST_RATE = 1e-3, 3e-3
 _LARGEST = 997  # 8 GB of logits in float64
 
 
@@ -49,7 +49,7 @@ def grokking_recipe(
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 3.
     """
     check_table_size(p, fraction)
-    _check_decay(weight_decay, _RATE)
+    _check_decay(weight_decay, RATE)
     whole("steps", steps, 1)
     data = {"task": "modular_arithmetic", "p": p, "fraction": fraction, "seed": seed}
     init = {"part": "normal", "std": _WIDTH**-0.5, "unembed_std": (p + 1) ** -0.5}

@@ -211,9 +211,7 @@ def best_gd_plus_plus(
     layer, too. The loss has several minima, so the error found is an upper bound of the best one. `larger` are the
     factors of `with_larger`: further ones keep steps from diverging on rarer data sets, and make the search harder.
     """
-    ks, _ = _mixture(lengths, None)
-    spectra = [(k, with_larger(draw_spectra(data, k, draws=draws, seed=seed), larger)) for k in ks]
-    learners = list[GDPlusPlus]()
+    spectra, learners = _drawn(data, lengths, draws, seed, larger=larger), list[GDPlusPlus]()
     start = _gentle(data, spectra)
     for _ in range(whole("depth", depth, 1)):
         parameters = torch.tensor(_searched(data, spectra, lambda p: tuple(p.chunk(2)), start), dtype=torch.float64)
@@ -271,9 +269,11 @@ def _terms(moments: InputMoments, k: int, noise: float, mean: bool) -> tuple[Mat
     return size * linear, size**2 * square
 
 
-def _drawn(data: InContextRegression, lengths: Lengths, draws: int, seed: int) -> Spectra:
+def _drawn(
+    data: InContextRegression, lengths: Lengths, draws: int, seed: int, *, larger: Sequence[float] = _LARGER
+) -> Spectra:
     ks, _ = _mixture(lengths, None)
-    return [(k, with_larger(draw_spectra(data, k, draws=draws, seed=seed))) for k in ks]
+    return [(k, with_larger(draw_spectra(data, k, draws=draws, seed=seed), larger)) for k in ks]
 
 
 def _gentle(data: InContextRegression, spectra: Spectra) -> Float[Tensor, "parameter"]:
