@@ -1,6 +1,7 @@
 """Settings of the whole suite. pytest also puts this folder on sys.path, so that every test can import `families`."""
 
 import os
+import signal
 
 import annotations
 from hypothesis import settings
@@ -22,3 +23,10 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--annotations"):
         annotations.install()
+
+
+def pytest_sessionstart(session):
+    # A shell starts what runs in the background with Ctrl-C ignored, and training leaves it so; tests send it to
+    # themselves.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
