@@ -34,7 +34,7 @@ from hooklens.results.result import Result, Table
 OWN_STEP, SHARED_STEP, SHARED_MEAN = "best step at each length", "one step, summed", "one step, averaged"
 LEAST_SQUARES = "least squares"
 ROUNDING = 1e-9  # a smaller share of the error of answering 0 is none
-_LARGER = (1.15, 1.3)  # with the first alone, GD++ diverged on one prompt of 4,096 with 5 examples
+_LARGER = (1.15, 1.3)  # with the first alone, GD++ diverged on prompts of 5 examples
 _RATE_LENGTHS = 8  # of the lengths, on which rates of several steps are searched; 2,000 data sets each take 20 seconds
 _AT_ONCE = 2048  # prompts in one pass
 

@@ -263,7 +263,7 @@ def test_searched_steps_do_not_diverge_on_data_sets_with_larger_eigenvalues_than
     assert len(with_larger(spectra)) == 501 and float(with_larger(spectra).max()) == pytest.approx(
         1.15 * float(spectra.max())
     )
-    # GD++ of six steps had an error of 2e9 on one prompt of 4,096
+    # GD++ of six steps had a mean error of 576,455 on prompts of 5 examples, where the answer 0 has 10
     further = 1.25 * spectra[spectra.amax(1).argmax()][None]
     learner = best_gd_plus_plus(data, 8, 6, draws=500, larger=(1.15, 1.3))[-1]
     assert float(spectral_errors(learner.gain(further, 8), further, data, 8)) < 4
