@@ -202,9 +202,9 @@ def norms_of(rows: list[dict[str, Any]]) -> list[str]:
     controls = [row["largest drop of a control"] for row in compared]
     n_larger = sum(drop > max(control, 0.0) for drop, control in zip(fell, controls, strict=True))
     return [
-        f"Over the rise of its held-out accuracy each run lost between {min(fell):.1%} and {max(fell):.1%} of its "
-        f"squared norm, and its controls over the same epochs at most {max(controls):.1%}; in {n_larger} of "
-        f"{len(compared)} seeds the run lost more than both controls."
+        f"Over the rise of its held-out accuracy each run with controls lost between {min(fell):.1%} and "
+        f"{max(fell):.1%} of its squared norm, and its controls over the same steps at most {max(controls):.1%}; "
+        f"in {n_larger} of {len(compared)} seeds the run lost more than both controls."
     ]
 
 

@@ -94,7 +94,7 @@ for topic in ("grokking", "grokking_fast", "parsimony"):
     for row in result["rows"]:
         shown = ("seed", "weight decay", "verdict", "memorised at step", "generalised at step", "generalised at")
         shown += ("key frequencies", "neurons explained above 85 %", "smallest set", "Gini of W_E")
-        known = {name: row[name] for name in shown if row.get(name) not in (None, "")}
+        known = {name: row[name] for name in shown if row.get(name) not in (None, "", "NaN")}
         known = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in known.items()}
         print(
             "  ",
@@ -104,9 +104,9 @@ for topic in ("grokking", "grokking_fast", "parsimony"):
         print("  ", sentence)
 
 # %% [markdown]
-# Figures: the gap, the progress measures, the spectrum, the numbers on circles, a neuron's two-dimensional spectrum,
-# and the table half-way. One model and one task: nothing here says that circuits form before models generalise
-# elsewhere.
+# Figures: the gap, the progress measures, the spectrum, neurons by frequency, the numbers on circles, the
+# two-dimensional spectrum of the logits, and the table half-way. One model and one task: nothing here says that
+# circuits form before models generalise elsewhere.
 
 # %%
 figures = [grokking.figure(), study.circuit.spectrum.figure(), study.circuit.neurons.figure(), regions.figure()]

@@ -100,8 +100,11 @@ def _sentences(studies: "list[GrokkingStudy]", as_json: bool) -> dict[str, str]:
     """The findings: one entry for each seed in JSON, one line for each finding in a terminal."""
     if as_json:
         return {f"seed {study.seed}": " ".join(study.findings()) for study in studies}
+    several = len(studies) > 1
     return {
-        f"seed {study.seed}, finding {i}": finding for study in studies for i, finding in enumerate(study.findings(), 1)
+        (f"seed {study.seed}, finding {i}" if several else f"finding {i}"): finding
+        for study in studies
+        for i, finding in enumerate(study.findings(), 1)
     }
 
 

@@ -1,6 +1,8 @@
 """The output of commands: tables with their captions, or JSON."""
 
+import shutil
 import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +47,15 @@ def show(
         _print(line, rows, sentences)
     known = {name: meaning for name, meaning in (terms or {}).items() if name in table.columns}
     for name, value in (known | _short(more)).items():
-        typer.echo(f"{name}: {printable(value)}")
+        typer.echo(_wrapped(f"{name}: {printable(value)}") if isinstance(value, str) else f"{name}: {printable(value)}")
+
+
+def _wrapped(line: str) -> str:
+    """A sentence at the width of the terminal, between words; as it is where there is none."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _objects(table: "Table") -> list[dict[str, Any]]:

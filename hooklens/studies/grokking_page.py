@@ -96,6 +96,7 @@ def grokking_report(studies: Sequence[GrokkingStudy]) -> Any:
     seeds = {"seed" if len(studies) == 1 else "seeds": ", ".join(str(study.seed) for study in studies)}
     report = Report(f"Grokking addition modulo {first.modulus}").text(_SETTING)
     report.numbers({"p": first.modulus, "trained on": f"{first.fraction:.0%}", **seeds, "verdict": _verdicts(studies)})
+    report.text(f"The model: {first.setting}.")
     for sentence in together(studies):
         report.text(sentence)
     if len(studies) == 1:
@@ -116,6 +117,7 @@ def _parts(report: Any, study: GrokkingStudy) -> None:
     """The pictures and tables of one study."""
     circuit = study.circuit
     if study.grokking is not None:
+        report.heading("The run")
         report.figure(
             study.grokking.figure(),
             "The grokking gap is the distance between the two curves of accuracy, along the axis of steps. Curves are "
@@ -132,6 +134,7 @@ def _parts(report: Any, study: GrokkingStudy) -> None:
     if study.norms is not None:
         report.figure(study.norms.figure(), "The window between the dashed lines is the rise of the held-out accuracy.")
         report.table(study.norms.table(), study.norms.statement, study.norms.terms)
+    report.heading("The circuit")
     report.figure(
         circuit.spectrum.figure(), "Numbers are embedded as waves of few frequencies if few components are large."
     )
@@ -161,13 +164,15 @@ def _parts(report: Any, study: GrokkingStudy) -> None:
     caption = (
         "All unseen pairs, after the last step. Intervals as if pairs were independent, which those of a model are not."
     )
+    report.heading("The table of pairs")
     report.figure(study.regions.figure(), caption)
-    report.table(study.regions.table(), caption, study.regions.terms)
+    report.table(study.regions.table(), "The regions of this table.", study.regions.terms)
     if study.halfway is not None:
         accuracy = float(study.halfway.accuracy[0])
         caption = f"The same after step {study.halfway_step:,}, at a held-out accuracy of {accuracy:.2f}."
         report.figure(study.halfway.figure(), caption)
-        report.table(study.halfway.table(), caption, study.halfway.terms)
+        report.table(study.halfway.table(), "The regions of this table.", study.halfway.terms)
+    report.heading("Costs")
     report.table(study.costs.table(), "What a prompt costs, and the accuracy on unseen pairs.", study.costs.terms)
 
 

@@ -49,6 +49,7 @@ from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
 from hooklens.training.run_folder import RunFolder
 from hooklens.training.training_run import Run, open_run
+from hooklens.training.training_settings import Settings
 
 _TERMS = {
     "what": "what was measured",
@@ -58,6 +59,7 @@ _TERMS = {
 _ANSWERS = 0.9  # of the unseen pairs: below, a circuit does not solve the task
 _FAR_BELOW = 0.25  # of the loss on all pairs
 _PATCHED = 8  # pairs of which every neuron is patched
+_BETWEEN = 3  # checkpoints between memorisation and generalisation, below which there are no phases
 #: Of the paper's run: p = 113, 30 % of the pairs, weight decay 1, one seed, 40,000 steps.
 PUBLISHED: Mapping[str, str] = {
     "memorisation ends": "about 1,400",
@@ -117,6 +119,7 @@ class GrokkingStudy(Result):
     fraction: float
     weight_decay: float
     n_steps: int
+    setting: str
     circuit: CircuitReadings
     regions: TableRegions
     costs: CostTable
@@ -147,7 +150,12 @@ class GrokkingStudy(Result):
                 "steps": self.n_steps,
             }
         n_neurons = len(circuit.neurons.explained)
-        drop = self.norms.drop[0].item() if self.norms is not None else None
+        norms = dict[str, Any]()
+        if step is not None:
+            norms = {
+                "drop of the squared norm at grokking": None if self.norms is None else self.norms.drop[0].item(),
+                "largest drop of a control": None if self.norms is None else largest_control(self.norms),
+            }
         return known | {
             "held-out accuracy": float(self.regions.accuracy[0]),
             "key frequencies": ", ".join(map(str, circuit.frequencies)) or "none",
@@ -162,8 +170,7 @@ class GrokkingStudy(Result):
             "smallest set within 1 %": None if circuit.smallest is None else circuit.smallest.size,
             "Gini of W_E": circuit.spectrum.gini_embedding,
             "Gini of W_L": circuit.spectrum.gini_neuron_logit,
-            "drop of the squared norm at grokking": drop,
-            "largest drop of a control": None if self.norms is None else largest_control(self.norms),
+            **norms,
             "weakest region": self.regions.weakest,
         }
 
@@ -196,6 +203,10 @@ class GrokkingStudy(Result):
         said += _causal_sentences(self.circuit)
         if self.phases is not None and self.phases.caveat:
             said.append(self.phases.caveat)
+        if self.phases is None and self.progress is not None and self.grokking is not None and self.grokking.grokked:
+            said.append(
+                f"Phases are not read: fewer than {_BETWEEN} checkpoints lie between memorisation and generalisation."
+            )
         if self.norms is not None:
             said.append(self.norms.statement)
         said.append(f"Generalisation: {self.regions.statement}")
@@ -228,10 +239,11 @@ def study_grokking(run: Run | str | os.PathLike, *, controls: Mapping[str, Run] 
     circuit = read_circuit(model, data)
     progress = measure_progress(run, frequencies=circuit.frequencies) if circuit.frequencies else None
     phases = None
-    if progress is not None and grokking.generalised_at is not None:
-        phases = find_phases(
-            progress.steps, progress.excluded, progress.held_out_loss, generalised_at=grokking.generalised_at
-        )
+    memorised, generalised = grokking.memorised_at, grokking.generalised_at
+    if progress is not None and memorised is not None and generalised is not None:
+        between = (progress.steps > memorised) & (progress.steps <= generalised)
+        if int(between.sum()) >= _BETWEEN:
+            phases = find_phases(progress.steps, progress.excluded, progress.held_out_loss, generalised_at=generalised)
     halfway_step, halfway = _halfway(run, data, progress) if grokking.generalised_at is not None else (0, None)
     regions = measure_regions(model, data)
     return GrokkingStudy(
@@ -240,6 +252,7 @@ def study_grokking(run: Run | str | os.PathLike, *, controls: Mapping[str, Run] 
         fraction=data.fraction,
         weight_decay=_weight_decay(run.identity["settings"]["optimizer"]),
         n_steps=run.steps_done,
+        setting=f"{_model_in_words(model)}; {_training_in_words(run)}",
         circuit_step=kept[-1].step,
         circuit=circuit,
         regions=regions,
@@ -271,6 +284,7 @@ def study_grokked_model(model: HookedTransformer, data: Modular) -> GrokkingStud
         fraction=data.fraction,
         weight_decay=float("nan"),
         n_steps=0,
+        setting=_model_in_words(model),
         circuit=circuit,
         regions=regions,
         costs=_costs(model, data, circuit, regions),
@@ -350,6 +364,18 @@ def _halfway(run: Run, data: Modular, progress: Progress | None) -> tuple[int, T
     return step, measure_regions(checkpoint.load(), data)
 
 
+def _model_in_words(model: HookedTransformer) -> str:
+    cfg = model.cfg
+    mlp = "no MLP" if cfg.attn_only else f"{cfg.d_mlp} neurons ({cfg.act_fn})"
+    layers = "1 layer" if cfg.n_layers == 1 else f"{cfg.n_layers} layers"
+    return f"{layers} of width {cfg.d_model}, {cfg.n_heads} heads of {cfg.d_head}, {mlp}"
+
+
+def _training_in_words(run: Run) -> str:
+    settings = Settings.from_json(run.identity["settings"])
+    return f"{settings.optimizer}, warm-up {settings.schedule.warmup} steps, at most {run.identity['steps']:,} steps"
+
+
 def _weight_decay(optimizer: Mapping[str, Any]) -> float:
     inner = optimizer.get("inner")
     return float(optimizer.get("weight_decay", 0.0)) if inner is None else _weight_decay(inner)
@@ -366,19 +392,22 @@ def _circuit_sentence(circuit: CircuitReadings) -> str:
         f"explains {circuit.formula.explained_centred:.1%} of the variance of the centred logits. On all pairs the "
         f"loss is {circuit.loss:.3g} nats and the restricted loss {circuit.restricted:.3g}; on the training pairs the "
         f"loss is {circuit.training_loss:.3g} and the excluded loss {circuit.excluded:.3g}; ln p is "
-        f"{circuit.chance:.3g}.{_lower(circuit)}"
+        f"{circuit.chance:.3g}.{_above(circuit)}{_lower(circuit)}"
     )
+
+
+def _above(circuit: CircuitReadings) -> str:
+    """What an excluded loss above that of equal probabilities says."""
+    if circuit.excluded is None or circuit.excluded <= circuit.chance:
+        return ""
+    return " Without the circuit the right answers have less than equal probabilities: what is left prefers wrong ones."
 
 
 def _lower(circuit: CircuitReadings) -> str:
-    """Why the restricted loss of a model that memorised is far below its loss, which is that of unseen pairs."""
-    trained, restricted = circuit.training_loss, circuit.restricted
-    if trained is None or restricted is None or max(trained, restricted) > _FAR_BELOW * circuit.loss:
+    """What a restricted loss far below the loss says."""
+    if circuit.restricted is None or circuit.restricted > _FAR_BELOW * circuit.loss:
         return ""
-    return (
-        " The restricted loss is the lower one because it leaves out what the model memorised, which spoils its "
-        "answers to unseen pairs."
-    )
+    return " The restricted loss is far below the loss: on all pairs together, what it leaves out does harm."
 
 
 def _further(keys: KeyFrequencies) -> str:
@@ -400,7 +429,8 @@ def _causal_sentences(circuit: CircuitReadings) -> list[str]:
         losses = dict(zip(ablation.frequencies.tolist(), ablation.losses.tolist(), strict=True))
         keys = [losses[k] for k in circuit.frequencies]
         others = [k for k in losses if k not in circuit.frequencies]
-        reach = f"{min(keys):.3g}" if len(keys) == 1 else f"between {min(keys):.3g} and {max(keys):.3g}"
+        low, high = f"{min(keys):.3g}", f"{max(keys):.3g}"
+        reach = low if low == high else f"between {low} and {high}"
         said.append(
             f"Removing one key frequency from the neurons takes the loss on all pairs from {circuit.loss:.3g} to "
             f"{reach} nats."
@@ -409,10 +439,13 @@ def _causal_sentences(circuit: CircuitReadings) -> list[str]:
             said[-1] += _without_others({k: losses[k] for k in others}, circuit.loss, min(keys))
     if circuit.patching is not None:
         patching = circuit.patching
+        share = patching.total / patching.gap
+        reason = "What is missing from 100% goes past the MLP, or is not additive."
+        if share >= 0.995:
+            reason = "Only effects that are additive, and all of the MLP, must add up to 100%."
         said.append(
-            f"The effects of all neurons, each patched alone, add up to {patching.total / patching.gap:.0%} of the "
-            f"difference between the clean and the corrupted logit difference, averaged over {_PATCHED} random pairs "
-            "of prompts. What is missing from 100% goes past the MLP, or is not additive."
+            f"The effects of all neurons, each patched alone, add up to {share:.0%} of the difference between the "
+            f"clean and the corrupted logit difference, averaged over {_PATCHED} random pairs of prompts. {reason}"
         )
     return said
 
@@ -443,7 +476,7 @@ ABSENT: Mapping[str, str] = {
     "smallest set within 1 %": "not searched",
     "drop of the squared norm at grokking": "did not grok",
     "largest drop of a control": "not compared",
-    "weakest region": "none: all are correct",
+    "weakest region": "none: all are alike",
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hooklens.core.arguments import path_of, real, seed_number
+from hooklens.core.arguments import path_of, real, seed_number, whole
 from hooklens.core.errors import did_you_mean
 from hooklens.data.regression import InContextRegression, in_context_regression
 from hooklens.model.config import Biases, HookedTransformerConfig, NormalInit, VectorEmbed
@@ -73,7 +73,7 @@ PLANNED = (
 )
 
 
-def raw_attention(score: str, n_heads: int, seed: int = 0, device: Any = None) -> HookedTransformer:
+def raw_attention(score: str, n_heads: int, seed: int = 0, device: Any = None, *, d: int = D) -> HookedTransformer:
     """One layer of attention on the tokens (x, y) as they are: without norms, biases, positions or an MLP.
 
     >>> model = raw_attention("linear", 1)
@@ -81,14 +81,15 @@ def raw_attention(score: str, n_heads: int, seed: int = 0, device: Any = None) -
     'blocks.0.attn.k.weight'
 
     The stream is the token: W_E is the identity, and the prediction is minus the last coordinate, as in the hand-built
-    construction. Both are frozen; only W_Q, W_K, W_V and W_O are trained.
+    construction. Both are frozen; only W_Q, W_K, W_V and W_O are trained. `d` is the dimension of the points.
 
     Reference: von Oswald et al. (2023), section 2.
     """
+    width = whole("d", d, 1) + 1
     cfg = HookedTransformerConfig(
         n_layers=1,
-        d_model=D + 1,
-        d_head=D + 1,
+        d_model=width,
+        d_head=width,
         n_heads=n_heads,
         n_ctx=_CONTEXT,
         d_vocab=1,
@@ -97,14 +98,14 @@ def raw_attention(score: str, n_heads: int, seed: int = 0, device: Any = None) -
         positional_embedding_type="none",
         mask="none",
         score_fn=score,
-        embed=VectorEmbed(d_in=D + 1),
+        embed=VectorEmbed(d_in=width),
         biases=Biases(qkv=False, o=False, mlp=False),
         init=NormalInit(std=0.1),
         model_name=f"one layer of {score} attention",
     )
     model = HookedTransformer(cfg, seed=seed, device=device)
     with torch.no_grad():
-        model.embed.weight.copy_(torch.eye(D + 1))
+        model.embed.weight.copy_(torch.eye(width))
         model.unembed.linear.weight.zero_()
         model.unembed.linear.weight[0, -1] = -1.0
     for frozen in (model.embed.weight, model.unembed.linear.weight):

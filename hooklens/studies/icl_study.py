@@ -108,8 +108,8 @@ class ICLStudy(Result):
         cosine = _named(self.comparisons["fixed"], OWN_STEP, "cosine")
         verdict = "within 2 %" if abs(excess) < 0.02 else "NOT within 2 %"
         return (
-            f"Trained at {k} examples alone, linear attention (fixed in the tables) has an error {excess:+.2%} "
-            f"(standard error {error:.2%}) from that of the best step of gradient descent there: {verdict}. The cosine "
+            f"Trained at {k} examples alone, linear attention (fixed in the tables) has an error {_beside(excess)} "
+            f"(standard error {error:.2%}) that of the best step of gradient descent there: {verdict}. The cosine "
             f"of their gradients by the query is {cosine:.4f}."
         )
 
@@ -117,10 +117,10 @@ class ICLStudy(Result):
         excess, error = self.errors.mean_excess(model, self.errors.summed)
         averaged, _ = self.errors.mean_excess(model, self.errors.averaged)
         compared, heads = self.comparisons[model], self._heads(model)
-        explained = " and ".join(f"{head.r2_within:.1%}" for head in heads)
+        explained = " and ".join(f"{head.r2_within:.2%}" for head in heads)
         return (
-            f"Over all numbers of examples, {model} has an error {excess:+.2%} (standard error {error:.2%}) from that "
-            f"of the best single step of this mixture on the summed loss, and {averaged:+.2%} from that on the mean "
+            f"Over all numbers of examples, {model} has an error {_beside(excess)} (standard error {error:.2%}) that "
+            f"of the best single step of this mixture on the summed loss, and {_beside(averaged)} that on the mean "
             f"loss. With {self.at} examples the cosine of its gradients with those of the summed step is "
             f"{_named(compared, SHARED_STEP, 'cosine'):.4f}, and inner products explain {explained} of the variance of "
             f"the query's attention scores within a prompt.{self._kernel_finding(model)}"
@@ -294,6 +294,11 @@ def _compared(
     """Of all learners but the answer 0, which has no gradient and no size to compare with."""
     named = {name: learner for name, learner in learners.items() if not isinstance(learner, Zero)}
     return replace(compare_learners(model, prompts, list(named.values())), learners=list(named))
+
+
+def _beside(excess: float) -> str:
+    """How an error lies beside another."""
+    return f"{abs(excess):.2%} {'above' if excess >= 0 else 'below'}"
 
 
 def _named(compared: LearnerComparison, learner: str, quantity: str) -> float:

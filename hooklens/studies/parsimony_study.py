@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import path_of, real, seeded, several, whole
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, did_you_mean
 from hooklens.core.progress_bar import progress
 from hooklens.plugins.algorithmic.fourier.frequency_sets import find_smallest_set
 from hooklens.plugins.algorithmic.fourier.key_frequencies import find_key_frequencies
@@ -34,13 +34,14 @@ _DRAWS = 9_999
 class Parsimony(Result):
     """Every run with its weight decay, its verdict, and how parsimonious the circuit is that it learnt.
 
-    `measures` are NaN where a run did not generalise: it has no circuit to measure. Fewer key frequencies, a smaller
-    smallest set and a larger Gini coefficient are more parsimonious.
+    A run that did not generalise has no circuit to measure: its `measures` are NaN, but for its squared weights. Fewer
+    key frequencies, a smaller smallest set and a larger Gini coefficient are more parsimonious.
     """
 
     terms = {
         "verdict": "whether the run grokked",
         "generalised at": "the first evaluation with a held-out accuracy of at least 0.99",
+        "held-out accuracy": "at the end",
         "key frequencies": "how many, by the neuron rule",
         "Gini of W_E": "of the norms of the embedding's Fourier components: 0 all equal, 1 a single one",
         "smallest set": "the fewest frequencies with a restricted loss at most 1 % above the loss on all pairs",
@@ -52,15 +53,16 @@ class Parsimony(Result):
     seeds: Int[Tensor, "run"]
     verdicts: list[str]
     generalised_at: list[int | None]
+    held_out_accuracy: Float[Tensor, "run"]
     measures: Float[Tensor, "run measure"]
 
     def correlation(self, measure: str) -> tuple[float, float]:
         """Spearman's rank correlation of weight decay and a measure over runs that generalised, and its p-value.
 
-        The p-value is two-sided, from permutations of the weight decays. NaN with fewer than 5 runs, or if either does
-        not vary.
+        A measure is one of those of the table, or "generalised at". The p-value is two-sided, from permutations of the
+        weight decays. NaN with fewer than 5 runs, or if either does not vary.
         """
-        values = self.measures[:, MEASURES.index(measure)]
+        values = self._of_circuits(measure)
         known = ~values.isnan()
         decays, values = _ranks(self.weight_decay[known]), _ranks(values[known])
         if len(values) < 5 or float(decays.var()) == 0 or float(values.var()) == 0:
@@ -82,29 +84,37 @@ class Parsimony(Result):
         ]
         if others:
             said.append(f"The others: {'; '.join(others)}.")
-        for measure in MEASURES:
+        for measure in ("generalised at", *MEASURES):
             rho, p = self.correlation(measure)
-            known = self._n_known(measure)
+            known = int((~self._of_circuits(measure).isnan()).sum())
             said.append(f"{measure} against weight decay: Spearman {rho:.2f}, p {p:.2g}, {known} runs.")
         return said
 
-    def _n_known(self, measure: str) -> int:
-        return int((~self.measures[:, MEASURES.index(measure)].isnan()).sum())
+    def _of_circuits(self, measure: str) -> Float[Tensor, "run"]:
+        """A measure, NaN where a run did not generalise."""
+        at = torch.tensor([torch.nan if step is None else step for step in self.generalised_at], dtype=torch.float64)
+        if measure == "generalised at":
+            return at
+        if measure not in MEASURES:
+            raise did_you_mean("measure of parsimony", measure, ("generalised at", *MEASURES))
+        return self.measures[:, MEASURES.index(measure)].masked_fill(at.isnan(), torch.nan)
 
     def table(self, n: int | None = None) -> Table:
         """One row per run."""
         rows = [
-            (decay, seed, verdict, at, *values)
-            for decay, seed, verdict, at, values in zip(
+            (decay, seed, verdict, at, accuracy, *values)
+            for decay, seed, verdict, at, accuracy, values in zip(
                 self.weight_decay.tolist(),
                 self.seeds.tolist(),
                 self.verdicts,
                 self.generalised_at,
+                self.held_out_accuracy.tolist(),
                 self.measures.tolist(),
                 strict=True,
             )
         ]
-        return Table(("weight decay", "seed", "verdict", "generalised at", *MEASURES), rows).head(n)
+        columns = ("weight decay", "seed", "verdict", "generalised at", "held-out accuracy", *MEASURES)
+        return Table(columns, rows).head(n)
 
     def figure(self) -> Any:
         """Every measure against weight decay, a point for each run that generalised."""
@@ -112,12 +122,11 @@ class Parsimony(Result):
         from hooklens.viz.small_multiples import panels
 
         drawn = []
-        for i, measure in enumerate(MEASURES):
-            known = ~self.measures[:, i].isnan()
+        for measure in MEASURES:
+            values = self._of_circuits(measure)
+            known = ~values.isnan()
             labels = [f"seed {seed}" for seed in self.seeds[known].tolist()]
-            figure = scatter(
-                self.weight_decay[known], self.measures[known, i], labels, title=measure, x_title="weight decay"
-            )
+            figure = scatter(self.weight_decay[known], values[known], labels, title=measure, x_title="weight decay")
             drawn.append(figure.update_xaxes(type="log"))
         return panels(drawn)
 
@@ -172,10 +181,13 @@ def compare_parsimony(runs: Sequence[Run]) -> Parsimony:
     found_in = [find_grokking(run) for run in runs]
     return Parsimony(
         modulus=tasks[0].p,
-        weight_decay=torch.tensor([run.identity["settings"]["optimizer"]["weight_decay"] for run in runs]),
+        weight_decay=torch.tensor(
+            [run.identity["settings"]["optimizer"]["weight_decay"] for run in runs], dtype=torch.float64
+        ),
         seeds=torch.tensor([task.seed for task in tasks]),
         verdicts=[step.verdict for step in found_in],
         generalised_at=[step.generalised_at for step in found_in],
+        held_out_accuracy=torch.stack([step.held_out_accuracy[-1] for step in found_in]),
         measures=torch.stack([_measures(run) for run in runs]),
     )
 

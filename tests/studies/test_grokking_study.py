@@ -129,18 +129,18 @@ def test_findings_say_what_frequencies_do_in_a_model_that_does_not_solve_the_tas
     ablation = FrequencyAblation(**measured, losses=losses, keys=[1], base=1.5, base_accuracy=0.2, chance=1.9)
     keys = replace(study.circuit.keys, by_rule={rule: [1] for rule in study.circuit.keys.by_rule})
     known = {"keys": keys, "loss": 1.5, "restricted": 0.1, "excluded": 2.5, "neuron_ablation": ablation}
-    known |= {"training_loss": 1e-6}
     circuit = replace(study.circuit, **known)
     text = " ".join(replace(study, circuit=circuit).findings())
     assert float(study.regions.accuracy[0]) < 0.9 and "not a circuit that solves the task" in text
-    assert "The restricted loss is the lower one because it leaves out what the model memorised" in text
+    assert "The restricted loss is far below the loss: on all pairs together, what it leaves out does harm." in text
+    assert "what is left prefers wrong ones" in text  # the excluded loss is above ln p
     assert "takes the loss on all pairs from 1.5 to 2 nats. Of the other frequencies, 2 matters most" in text
     assert "2 is none only because of the threshold of 85 %" in text
     lower = replace(circuit, neuron_ablation=replace(ablation, losses=torch.full((3,), 1.0)), restricted=1.0)
     text = " ".join(replace(study, circuit=lower).findings())
-    assert "Removing another frequency does not raise the loss" in text and "is the lower one" not in text
-    solved = replace(circuit, training_loss=1.0)  # the loss is not that of unseen pairs alone: no such cause is known
-    assert "is the lower one" not in " ".join(replace(study, circuit=solved).findings())
+    assert "Removing another frequency does not raise the loss" in text and "far below" not in text
+    below = replace(circuit, excluded=1.8)
+    assert "prefers wrong ones" not in " ".join(replace(study, circuit=below).findings())
 
 
 def test_the_same_call_goes_on_and_another_p_is_refused(folder):
@@ -230,15 +230,16 @@ def test_folders_are_named_after_the_setting():
 
 
 def planted(decays, values):
-    """A sweep in which every measure has these values."""
-    n = len(decays)
+    """A sweep in which every measure has these values; NaN stands for a run that did not generalise."""
+    n, solved = len(decays), [value == value for value in values]
     return Parsimony(
         modulus=31,
         weight_decay=torch.tensor(decays),
         seeds=torch.arange(n),
-        verdicts=["grokked"] * (n - 1) + ["did not grok: memorised, never generalised"],
-        generalised_at=[100] * (n - 1) + [None],
-        measures=torch.tensor(values, dtype=torch.float64)[:, None].expand(n, len(MEASURES)),
+        verdicts=["grokked" if done else "did not grok: memorised, not generalised by the end" for done in solved],
+        generalised_at=[100 if done else None for done in solved],
+        held_out_accuracy=torch.tensor([1.0 if done else 0.9 for done in solved]),
+        measures=torch.tensor(values, dtype=torch.float64)[:, None].repeat(1, len(MEASURES)),
     )
 
 
@@ -252,6 +253,9 @@ def test_correlations_with_weight_decay_are_those_of_ranks():
     assert any("weight decay 10, seed 8" in line for line in falling.statements)
     flat = planted(decays, [5.0] * 8 + [float("nan")])
     assert all(value != value for value in flat.correlation("smallest set"))
+    # a measure of a run that did not generalise does not count: with it this one would rise
+    falling.measures[8, 3] = 100.0
+    assert falling.correlation("squared weights") == (rho, p)
     assert len(falling.figure().data) == len(MEASURES)
 
 
@@ -292,7 +296,7 @@ def test_a_run_groks_and_everything_of_the_paper_is_found_in_it(tmp_path):
     # the norm drops where it rises, and not in runs that do not grok
     assert study.norms.is_evidence and set(study.norms.kinds) == {GROKKING, NO_DECAY, SHUFFLED}
     shuffled = find_grokking(hl.open_run(tmp_path / "shuffled_answers"))
-    assert shuffled.verdict == "did not grok: memorised, never generalised"
+    assert shuffled.verdict == "did not grok: memorised, not generalised by the end"
     # half-way, pairs whose partner was trained on are known, and others are not
     partner = {name: float(value) for name, value in zip(study.halfway.regions, study.halfway.accuracy, strict=True)}
     assert partner["partner (b, a) trained"] > partner["partner (b, a) not trained"] + 0.3

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import whole
-from hooklens.core.errors import InputError
+from hooklens.core.errors import ArgumentError, InputError
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.algorithmic.fourier.basis import checked_frequencies, distinguished, frequency_power, transform
 from hooklens.plugins.algorithmic.fourier.demo_task import demo_modulus
@@ -132,7 +132,9 @@ def project_embedding(
     rows = embedding_rows_of(model, p)
     centred, total = rows - rows.mean(0), (rows - rows.mean(0)).square().sum()
     planes = [_plane(centred, k) for k in chosen]
-    components = _components(centred, whole("n_components", n_components, 2))
+    if whole("n_components", n_components, 2) % 2:
+        raise ArgumentError("{n_components} are drawn in pairs, so that their number is even; got {0}", n_components)
+    components = _components(centred, n_components)
     powers, squares = frequency_power(components.movedim(0, 1)).sum(-1).T, components.square().sum((1, 2))
     return Circles(
         modulus=p,

@@ -120,6 +120,8 @@ def need_logits(logits: Any) -> int:
     ...
     hooklens.core.errors.InputError: the logits of all pairs are a tensor [a b answer] with p entries along each axis...
     """
+    if isinstance(logits, PairTable):
+        raise WrongType("this reads the logits of all pairs, and got a table of pairs; give its .logits")
     square = isinstance(logits, Tensor) and logits.ndim == 3 and len(set(logits.shape)) == 1 and len(logits) >= 2
     if not square or not logits.is_floating_point():
         seen = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
@@ -215,6 +217,8 @@ def run_prompts(
 
 def as_table(model: HookedTransformer | PairTable, data: Task | None, *, layer: int | None = -1) -> PairTable:
     """The table that was given, or that of the model."""
+    if isinstance(model, Tensor):
+        raise WrongType("this takes a model and its task, or a table; give logits of all pairs as tabulate(logits)")
     if isinstance(model, PairTable):
         if data is not None and modulus_of(data) != model.modulus:
             raise InputError(
@@ -264,16 +268,20 @@ def modulus_of(data: Task) -> int:
         )
     if isinstance(data, Modular) and data.shuffled:
         raise InputError(
-            "the Fourier analysis here is that of a + b, and the answers of this control are shuffled; its weights and "
-            f"logits can be read all the same with p = {data.p} in place of the data"
+            "the Fourier analysis here is that of a + b, and the answers of this control are shuffled, so that there "
+            f"is no such circuit to find; in Python its weights and logits can be read with p = {data.p} in place of "
+            "the data"
         )
     if not isinstance(data, Modular) and (isinstance(data, bool) or not isinstance(data, int)):
-        raise WrongType(f"data is hl.data.modular_arithmetic(...) or p, got {data!r:.60}")
+        hint = "; frequencies are a keyword here, frequencies=[...]" if isinstance(data, list | tuple) else ""
+        raise WrongType(f"data is hl.data.modular_arithmetic(...) or p, got {data!r:.60}{hint}")
     return whole("p", data.p if isinstance(data, Modular) else data, 2)
 
 
 def need_model(model: Any, p: int) -> HookedTransformer:
     """The model, refused unless it can have been trained on addition modulo p."""
+    if isinstance(model, Tensor | PairTable):
+        raise WrongType("this reads weights or runs the model, so that it needs the model itself and its task")
     need_hooked(model, "the Fourier analysis")
     cfg = model.cfg
     if not isinstance(cfg.embed, TokenEmbed):

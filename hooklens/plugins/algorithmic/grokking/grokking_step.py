@@ -124,7 +124,7 @@ class GrokkingStep(Result):
         if self.memorised_at is None and self.generalised_at is None:
             return "did not grok: never memorised"
         if self.generalised_at is None:
-            return "did not grok: memorised, never generalised"
+            return "did not grok: memorised, not generalised by the end"
         if self.memorised_at is None:
             return "did not grok: generalised without a memorised training set"
         return "did not grok: generalised without a delay"

@@ -11,6 +11,7 @@ from hooklens.core.errors import InputError
 from hooklens.results.result import Result, Table
 
 _STILL = 0.9  # of its peak: a held-out loss above it has not begun to fall
+_FEWEST = 4  # checkpoints up to generalisation: phases between fewer are those of the checkpoints
 
 Curve = Float[Tensor, "checkpoint"]
 
@@ -76,8 +77,12 @@ def find_phases(
     the phases; the rules are ours.
     """
     before = steps <= generalised_at
-    if not bool(before.any()):
-        raise InputError(f"no checkpoint lies before generalisation at step {generalised_at:,}; keep more of them")
+    n_before = int(before.sum())
+    if n_before < _FEWEST:
+        raise InputError(
+            f"phases are read from at least {_FEWEST} checkpoints up to generalisation at step {generalised_at:,}, and "
+            f"there are {n_before}; train with more of them (checkpoints=)"
+        )
     steps, excluded, held_out_loss = steps[before], excluded[before], held_out_loss[before]
     memorised = int(excluded.argmin())
     still = held_out_loss >= _STILL * held_out_loss.max()

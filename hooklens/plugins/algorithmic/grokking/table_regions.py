@@ -57,21 +57,21 @@ class TableRegions(Result):
 
     @property
     def weakest(self) -> str | None:
-        """The region with the lowest accuracy, of those with at least one pair; None if every pair is correct."""
-        if int(self.n_correct[0]) == int(self.n[0]):
+        """The region with the lowest accuracy, of those with at least one pair; None if all have the same."""
+        if float(self.accuracy[0]) in (0.0, 1.0):
             return None
-        return self.regions[int(self.accuracy.nan_to_num(2.0).argmin())]
+        return self.regions[int(self.accuracy.nan_to_num(2.0)[1:].argmin()) + 1]
 
     @property
     def statement(self) -> str:
         """What the accuracies say."""
-        seen = f"{self.accuracy[0]:.4f} of {int(self.n[0]):,} unseen pairs are answered correctly"
+        seen = f"{int(self.n_correct[0]):,} of {int(self.n[0]):,} unseen pairs are answered correctly"
         if self.weakest is None:
             return f"{seen}, in every region of the table."
         at = self.regions.index(self.weakest)
         return (
-            f"{seen}; the weakest region is {self.weakest!r} with {self.accuracy[at]:.4f} of {int(self.n[at])} "
-            f"(95 % {self.low[at]:.4f} to {self.high[at]:.4f}, pairs taken as independent)."
+            f"{seen} ({self.accuracy[0]:.2%}); the weakest region is {self.weakest!r} with {int(self.n_correct[at]):,} "
+            f"of {int(self.n[at]):,} (95 % {self.low[at]:.2%} to {self.high[at]:.2%}, pairs taken as independent)."
         )
 
     def table(self, n: int | None = None) -> Table:

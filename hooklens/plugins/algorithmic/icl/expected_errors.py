@@ -184,7 +184,7 @@ def measure_depth_gap(
     Rates are searched on `draws` data sets, the number of steps up to the depth is chosen on others, and the errors are
     those on a third set. A search with few draws fits the largest eigenvalue that it saw (of those, a few are enlarged
     in the search and the choice): many steps diverge above it, and fewer are then chosen, since a layer may also do
-    nothing. So the errors are upper bounds of the best ones.
+    nothing. So the errors are upper bounds of the best ones, but for sampling.
 
     >>> import hooklens as hl
     >>> gap = measure_depth_gap(hl.data.in_context_regression(d=3, n_points=6), (1, 2), draws=200)

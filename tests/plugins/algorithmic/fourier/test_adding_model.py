@@ -235,7 +235,7 @@ def test_other_wrong_arguments():
 def test_shuffled_answers_have_no_analysis_of_sums():
     """The losses were those of a + b, beside the accuracy of the shuffled answers."""
     data = modular_arithmetic(7, fraction=0.5, shuffled=True)
-    with pytest.raises(InputError, match=r"answers of this control are shuffled; .* with p = 7 in place of the data"):
+    with pytest.raises(InputError, match=r"answers of this control are shuffled, .* with p = 7 in place of the data"):
         run_pairs(tiny_model(d_vocab=8), data)
 
 
