@@ -25,7 +25,7 @@ FLOORS = (
     ("plugins",),
     ("studies",),
     ("testing", "public", "circuits", "heads", "lens", "patching", "probing", "steering", "weights"),
-    ("cli",),
+    ("cli", "__main__"),
 )
 HEIGHT = {name: height for height, names in enumerate(FLOORS) for name in names}
 #: Reports are written by studies and the command line; what is below them draws figures, and only when asked.
@@ -61,13 +61,16 @@ def imported(name: str) -> set[tuple[str, bool]]:
             found.update((alias.name, inside) for alias in node.names if alias.name.partition(".")[0] == "hooklens")
         inside = inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         for child in ast.iter_child_nodes(node):
-            visit(child, inside)
+            if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):  # what can hold an import
+                visit(child, inside)
 
     visit(ast.parse(MODULES[name].read_text(encoding="utf-8")), False)
     return {(other, inside) for other, inside in found if other in MODULES and other not in (name, "hooklens")}
 
 
-IMPORTS = {name: imported(name) for name in MODULES if name != "hooklens"}
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[tuple[str, bool]]]:
+    return {name: imported(name) for name in MODULES if name != "hooklens"}
 
 
 def floor(name: str) -> str:
@@ -79,36 +82,36 @@ def door(name: str, other: str, inside: bool) -> bool:
     return inside and (draws or (name, other) in DOORS)
 
 
-def test_every_module_stands_on_a_floor():
-    assert {floor(name) for name in IMPORTS} == set(HEIGHT)
+def test_every_module_stands_on_a_floor(imports):
+    assert {floor(name) for name in imports} == set(HEIGHT)
 
 
-def test_imports_point_down():
+def test_imports_point_down(imports):
     up = {
         (name, other)
-        for name, others in IMPORTS.items()
+        for name, others in imports.items()
         for other, inside in others
         if HEIGHT[floor(other)] > HEIGHT[floor(name)] and not door(name, other, inside)
     }
     assert up == set()
 
 
-def test_doors_that_open_upwards_open_inside_functions_and_are_in_use():
-    assert {(name, other) for name, other in DOORS if (other, True) in IMPORTS[name]} == DOORS
+def test_doors_that_open_upwards_open_inside_functions_and_are_in_use(imports):
+    assert {(name, other) for name, other in DOORS if (other, True) in imports[name]} == DOORS
 
 
-def test_what_is_below_the_studies_draws_only_inside_functions_and_writes_no_page():
-    low = [name for name in IMPORTS if floor(name) != "viz" and HEIGHT[floor(name)] < HEIGHT["studies"]]
-    early = [(name, other) for name in low for other, inside in IMPORTS[name] if floor(other) == "viz" and not inside]
-    pages = [(name, other) for name in low for other, _ in IMPORTS[name] if other in PAGES]
+def test_what_is_below_the_studies_draws_only_inside_functions_and_writes_no_page(imports):
+    low = [name for name in imports if floor(name) != "viz" and HEIGHT[floor(name)] < HEIGHT["studies"]]
+    early = [(name, other) for name in low for other, inside in imports[name] if floor(other) == "viz" and not inside]
+    pages = [(name, other) for name in low for other, _ in imports[name] if other in PAGES]
     assert (early, pages) == ([], [])
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["when imported", "when called"])
-def test_no_modules_need_each_other(inside):
+def test_no_modules_need_each_other(inside, imports):
     needs = {
         name: {other for other, late in others if (inside or not late) and not door(name, other, late)}
-        for name, others in IMPORTS.items()
+        for name, others in imports.items()
     }
     while free := {name for name, others in needs.items() if not others & needs.keys()}:
         needs = {name: others for name, others in needs.items() if name not in free}
