@@ -60,15 +60,25 @@ def flag(name: str, value: Any) -> bool:
 def several(name: str, values: Any) -> list[Any]:
     """Return the values of an argument that takes several: one alone is a list of one, and none are refused.
 
-    >>> several("sizes", 5), several("sizes", range(2))
-    ([5], [0, 1])
+    >>> several("sizes", 5), several("sizes", range(2)), several("sizes", torch.tensor(3))
+    ([5], [0, 1], [3])
     """
+    values = values.tolist() if isinstance(values, torch.Tensor) else values
     if isinstance(values, str | Real):
         return [values]
     listed = list(values) if isinstance(values, Iterable) and not isinstance(values, Mapping) else []
     if not listed:
         raise ArgumentError("{" + name + "} takes a list of at least one value, got {0}", f"{values!r:.80}")
     return listed
+
+
+def zero_or_more(name: str, values: Any) -> list[Any]:
+    """Return the values of an argument that may be left empty.
+
+    >>> zero_or_more("dims", ()), zero_or_more("dims", 3)
+    ([], [3])
+    """
+    return [] if isinstance(values, list | tuple) and not values else several(name, values)
 
 
 def layer_number(name: str, value: Any) -> int | None:

@@ -1,7 +1,7 @@
 """Errors of trained models and of learners on the same fresh prompts, for each number of examples."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.arguments import several, whole
-from hooklens.core.errors import InputError
+from hooklens.core.arguments import seed_number, several, whole
+from hooklens.core.errors import InputError, WrongType
 from hooklens.data.regression import InContextRegression
-from hooklens.model.transformer import HookedTransformer
+from hooklens.model.transformer import HookedTransformer, need_hooked
 from hooklens.plugins.algorithmic.icl import (
     Averaging,
     BestStep,
@@ -29,10 +29,13 @@ from hooklens.plugins.algorithmic.icl import (
     moments_of,
     predict,
 )
+from hooklens.plugins.algorithmic.icl.input_moments import need_task
+from hooklens.plugins.algorithmic.icl.learners import need_learner
 from hooklens.results.result import Result, Table
 
 OWN_STEP, SHARED_STEP, SHARED_MEAN = "best step at each length", "one step, summed", "one step, averaged"
 LEAST_SQUARES = "least squares"
+SCHEDULE, PLUS_PLUS = "6 steps, a rate each", "GD++, 6 steps"
 ROUNDING = 1e-9  # a smaller share of the error of answering 0 is none
 _LARGER = (1.15, 1.3)  # with the first alone, GD++ diverged on prompts of 5 examples
 _RATE_LENGTHS = 8  # of the lengths, on which rates of several steps are searched; 2,000 data sets each take 20 seconds
@@ -101,8 +104,9 @@ class ErrorsByLength(Result):
 
         values = {model: self.error_of(model) for model in self.models}
         values |= {OWN_STEP: self.averaged.own_errors, SHARED_STEP: self.summed.errors}
-        least = self.error_of(LEAST_SQUARES)
-        values[LEAST_SQUARES] = least.where(least > ROUNDING * self.zero, math.nan)
+        if LEAST_SQUARES in self.learners:
+            least = self.error_of(LEAST_SQUARES)
+            values[LEAST_SQUARES] = least.where(least > ROUNDING * self.zero, math.nan)
         bands = {
             model: (self.errors[i] - 2 * self.standard_errors[i], self.errors[i] + 2 * self.standard_errors[i])
             for i, model in enumerate(self.models)
@@ -113,7 +117,7 @@ class ErrorsByLength(Result):
             "marks": {"zero": self.zero},
             "log": "y",
         }
-        return lines(values, x=self.lengths, bands=bands, title="Error by number of examples", **titles)
+        return lines(values, x=self.lengths, bands=bands, **titles)
 
 
 def measure_errors(
@@ -138,14 +142,15 @@ def measure_errors(
     `lengths` are those of the data by default, and `learners` those of `known_learners`. Prompts are drawn from
     `seed`, which no step of training uses.
     """
+    need_task(data)
     ks = [whole("lengths", k, 1) for k in several("lengths", list(data.points) if lengths is None else lengths)]
-    if not models:
-        raise InputError("measure_errors needs at least one model, by name; got none")
     summed, averaged = single_steps(data, ks)
-    shared = known_learners(data, ks) if learners is None else learners
+    shared = known_learners(data, ks) if learners is None else _named_learners(learners)
+    need_named(models, [*shared, *known_learners(data, ks)])
+    whole("tasks", tasks, 2), seed_number(seed)
     columns = []
     for k in ks:
-        prompts = draw_prompts(replace(data, n_points=k, curriculum=0), whole("tasks", tasks, 2), seed=1000 * seed + k)
+        prompts = draw_prompts(replace(data, n_points=k, curriculum=0), tasks, seed=1000 * seed + k)
         own = averaged.own_learner(k)
         steps = [own, summed.learner(), averaged.learner()]
         columns.append(_column(models, steps, {OWN_STEP: own, **shared}, prompts))
@@ -165,6 +170,29 @@ def measure_errors(
         zero=summed.zero,
         **stacked,
     )
+
+
+def need_named(models: Any, taken: Iterable[str]) -> None:
+    """Raise unless these are models by names that nothing else beside them has.
+
+    >>> need_named({}, [])
+    Traceback (most recent call last):
+    hooklens.core.errors.InputError: give at least one model by name, such as {'mine': model}; got {}
+    """
+    if not isinstance(models, Mapping) or not models:
+        kind = InputError if isinstance(models, Mapping) else WrongType
+        raise kind(f"give at least one model by name, such as {{'mine': model}}; got {models!r:.60}")
+    reserved = {OWN_STEP, SCHEDULE, PLUS_PLUS, *taken}
+    for name, model in models.items():
+        need_hooked(model, f"the study of {name!r:.60}")
+        if not isinstance(name, str) or name in reserved:
+            raise InputError(f"a model has a name that no learner and no part of the study has; got {name!r:.60}")
+
+
+def _named_learners(learners: Any) -> Mapping[str, Learner]:
+    if not isinstance(learners, Mapping) or OWN_STEP in learners:
+        raise InputError(f"learners are given by name, and {OWN_STEP!r} is measured anyway; got {learners!r:.80}")
+    return {name: need_learner(learner) for name, learner in learners.items()}
 
 
 def single_steps(data: InContextRegression, lengths: Sequence[int]) -> tuple[BestStep, BestStep]:
@@ -194,8 +222,8 @@ def searched_learners(data: InContextRegression, lengths: Sequence[int], *, draw
     places = torch.linspace(0, len(lengths) - 1, min(len(lengths), _RATE_LENGTHS)).round().long().tolist()
     some = [lengths[place] for place in places]
     return {
-        "6 steps, a rate each": best_step_schedules(data, some, 6, draws=draws)[-1],
-        "GD++, 6 steps": best_gd_plus_plus(data, some, 6, draws=draws, larger=_LARGER)[-1],
+        SCHEDULE: best_step_schedules(data, some, 6, draws=draws)[-1],
+        PLUS_PLUS: best_gd_plus_plus(data, some, 6, draws=draws, larger=_LARGER)[-1],
     }
 
 

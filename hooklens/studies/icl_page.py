@@ -83,7 +83,8 @@ def _attention(report: "Report", study: "ICLStudy") -> None:
             way.figure(),
             f"{name}: between the trained weights (0) and the construction's (1). {_barrier(way.barrier)} W_KQ is the "
             "product of trained key and query weights, rescaled, by coordinates of a token (x, y): a score is "
-            "key W_KQ query. In the construction it is the identity on x, and 0 on y.",
+            "key W_KQ query. In the construction it is the identity on x, and 0 on y. The column of the query's y has "
+            "no effect: the query's y is 0.",
         )
 
 

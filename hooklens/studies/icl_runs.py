@@ -7,16 +7,17 @@ from typing import Any
 
 import torch
 
-from hooklens.core.arguments import path_of, real, seed_number, whole
-from hooklens.core.errors import did_you_mean
+from hooklens.core.arguments import path_of, real, seed_number, several, whole
+from hooklens.core.errors import WrongType, did_you_mean
 from hooklens.data.regression import InContextRegression, in_context_regression
 from hooklens.model.config import Biases, HookedTransformerConfig, NormalInit, VectorEmbed
 from hooklens.model.transformer import HookedTransformer
+from hooklens.pretrained.loading import computing_device
 from hooklens.studies.icl_study import ICLStudy, study_in_context
 from hooklens.training.loop import train
 from hooklens.training.optimizers import AdamW
 from hooklens.training.schedules import Cosine
-from hooklens.training.training_run import Run
+from hooklens.training.training_run import Run, open_run
 from hooklens.training.training_settings import Settings
 
 D, SHORTEST, LONGEST, FIXED = 10, 5, 50, 10
@@ -138,7 +139,7 @@ def deep_transformer(seed: int = 0, device: Any = None) -> HookedTransformer:
 def train_planned(
     out: str | os.PathLike,
     *,
-    names: Sequence[str] | None = None,
+    names: str | Sequence[str] | None = None,
     seed: int = 0,
     budget: float = 1.0,
     device: Any = None,
@@ -149,7 +150,7 @@ def train_planned(
     `budget` scales the numbers of steps. Runs of other seeds and budgets have other folders.
     """
     folder, scale = path_of(out, "out"), real("budget", budget, 1e-6)
-    seed_number(seed)
+    seed_number(seed), computing_device(device)
     runs = {}
     for planned in chosen_runs(names):
         steps = max(2, round(scale * planned.steps))
@@ -159,17 +160,18 @@ def train_planned(
     return runs
 
 
-def chosen_runs(names: Sequence[str] | None) -> list[PlannedRun]:
+def chosen_runs(names: str | Sequence[str] | None) -> list[PlannedRun]:
     """The planned runs with these names, in their order; all for None.
 
     >>> [planned.name for planned in chosen_runs(["deep", "linear"])]
     ['linear', 'deep']
     """
     known = [planned.name for planned in PLANNED]
-    for name in () if names is None else names:
+    asked = known if names is None else several("names", names)
+    for name in asked:
         if name not in known:
             raise did_you_mean("training of in-context regression", name, known)
-    return [planned for planned in PLANNED if names is None or planned.name in names]
+    return [planned for planned in PLANNED if planned.name in asked]
 
 
 def folder_name(name: str, seed: int, steps: int) -> str:
@@ -182,10 +184,18 @@ def folder_name(name: str, seed: int, steps: int) -> str:
 
 
 def study_runs(
-    runs: Mapping[str, Run], *, searched: bool = True, tasks: int = 2048, seed: int = 0, device: Any = None
+    runs: Mapping[str, Run | str | os.PathLike],
+    *,
+    searched: bool = True,
+    tasks: int = 2048,
+    seed: int = 0,
+    device: Any = None,
 ) -> ICLStudy:
-    """The study of the last models of these runs, as `train_planned` returns them."""
-    models = {name: run.checkpoints()[-1].load(device=device) for name, run in runs.items()}
+    """The study of the last models of these runs or folders, as `train_planned` returns them."""
+    if not isinstance(runs, Mapping):
+        raise WrongType(f"study_runs takes runs by name, as train_planned returns them; got {runs!r:.60}")
+    opened = {name: run if isinstance(run, Run) else open_run(run) for name, run in runs.items()}
+    models = {name: run.checkpoints()[-1].load(device=device) for name, run in opened.items()}
     model = models.pop(FIXED_RUN, None)
     fixed = None if model is None else (model, in_context_regression(D, FIXED))
     data = in_context_regression(D, (SHORTEST, LONGEST), inputs="normal")

@@ -1,13 +1,16 @@
 """In-context learning as gradient descent: what trained models do, beside learners that are known."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from hooklens.core.arguments import whole
-from hooklens.core.errors import InputError, WrongType
+from hooklens.core.arguments import flag, seed_number, whole
+from hooklens.core.errors import HooklensError, InputError, WrongType
+from hooklens.core.gradients import need_gradients
+from hooklens.core.terminal import visible
 from hooklens.data.regression import InContextRegression
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.algorithmic.cost_table import CostTable, MeasuredModel, compare_costs
@@ -32,6 +35,7 @@ from hooklens.plugins.algorithmic.icl import (
     regress_attention,
 )
 from hooklens.plugins.algorithmic.icl.input_moments import need_task
+from hooklens.plugins.algorithmic.icl.regression_prompts import need_regression
 from hooklens.results.result import Result, Table
 from hooklens.studies.icl_errors import (
     LEAST_SQUARES,
@@ -41,9 +45,11 @@ from hooklens.studies.icl_errors import (
     ErrorsByLength,
     known_learners,
     measure_errors,
+    need_named,
     searched_learners,
 )
 
+FIXED = "fixed"  # the model at one number of examples
 _COMPARED = 512  # prompts of a comparison of answers and gradients
 _RUN = 64  # prompts whose activations are kept
 _CLOSE = 0.1  # of the mean square of a learner's answers: with more, answers are not called close to it
@@ -57,7 +63,8 @@ class ICLStudy(Result):
     `errors` are those under the curriculum, `fixed` those of a model at one number of examples, None without one.
     `comparisons` are on prompts of `at` examples; "fixed" has its own number. `attention` is that of one-layer models,
     each head of its own; `kernels` compare softmax heads of one layer with a kernel smoother, `interpolations` the
-    weights of linear attention with those of the construction, and `collapses` are those of deeper models.
+    weights of linear attention with those of the construction, and `collapses` are those of deeper models; `left_out`
+    says which of these a model does not have, and why. `fixed_as` is what the model at one number of examples is.
     """
 
     ranked_by = "smallness of the mean error"
@@ -74,6 +81,8 @@ class ICLStudy(Result):
     collapses: dict[str, RankCollapse]
     costs: CostTable
     gap: DepthGap | None
+    fixed_as: str = field(default="a model", repr=False)
+    left_out: list[str] = field(default_factory=list)
 
     def table(self, n: int | None = None) -> Table:
         """One row a model: its errors, and the learner that it is closest to."""
@@ -101,14 +110,16 @@ class ICLStudy(Result):
         said = [] if self.fixed is None else [self._fixed_finding(self.fixed)]
         said += [self._step_finding(model) for model in self.errors.models if self.depths[model] == 1]
         said += [self._gap_finding(model) for model in self.errors.models]
-        return said if self.gap is None else [*said, f"Learners by depth, with searched rates: {self.gap.sentence}."]
+        if self.gap is not None:
+            said.append(f"Learners by depth, with searched rates: {self.gap.sentence}.")
+        return [visible(sentence) for sentence in [*said, *self.left_out]]
 
     def _fixed_finding(self, fixed: ErrorsByLength) -> str:
         k, excess, error = int(fixed.lengths[0]), float(fixed.excess[0, 0]), float(fixed.excess_errors[0, 0])
-        cosine = _named(self.comparisons["fixed"], OWN_STEP, "cosine")
+        cosine = _named(self.comparisons[FIXED], OWN_STEP, "cosine")
         verdict = "within 2 %" if abs(excess) < 0.02 else "NOT within 2 %"
         return (
-            f"Trained at {k} examples alone, linear attention (fixed in the tables) has an error {_beside(excess)} "
+            f"Trained at {k} examples alone, {self.fixed_as} ({FIXED} in the tables) has an error {_beside(excess)} "
             f"(standard error {error:.2%}) that of the best step of gradient descent there: {verdict}. The cosine "
             f"of their gradients by the query is {cosine:.4f}."
         )
@@ -195,14 +206,13 @@ def study_in_context(
     References: those of the methods in `hooklens.plugins.algorithmic.icl`.
     """
     need_task(data)
+    flag("searched", searched), whole("tasks", tasks, 2), seed_number(seed)
+    need_gradients("study_in_context")
     lengths = list(data.points)
     at = lengths[len(lengths) // 2] if at is None else whole("at", at, 1)
     if at not in lengths:
         raise InputError(f"at is one of the numbers of examples of the data, {lengths[0]} to {lengths[-1]}; got {at}")
-    if not isinstance(models, Mapping):
-        raise WrongType(f"study_in_context takes models by name, such as {{'mine': model}}; got {models!r:.60}")
-    if not models:
-        raise InputError("study_in_context needs at least one model, by name; got none")
+    _check_models(models, data, fixed)
     learners = known_learners(data, lengths) | (searched_learners(data, lengths, draws=tasks) if searched else {})
     errors = measure_errors(models, data, learners=learners, tasks=tasks, seed=seed)
     one_length = replace(data, n_points=at, curriculum=0)
@@ -213,15 +223,16 @@ def study_in_context(
     measured = None
     if fixed is not None:
         model, own = fixed
-        measured = measure_errors({"fixed": model}, own, tasks=4 * tasks, seed=seed)
+        measured = measure_errors({FIXED: model}, own, tasks=4 * tasks, seed=seed)
         own_learners = {OWN_STEP: measured.averaged.learner(), **known_learners(own, list(own.points))}
         own_prompts = draw_prompts(own, min(tasks, _COMPARED), seed=seed + 1)
-        comparisons["fixed"] = _compared(model, own_prompts, own_learners)
-        rows.insert(0, _cost("fixed", model, own_prompts, measured, comparisons))
+        comparisons[FIXED] = _compared(model, own_prompts, own_learners)
+        rows.insert(0, _cost(FIXED, model, own_prompts, measured, comparisons))
     return ICLStudy(
         at=at,
         errors=errors,
         fixed=measured,
+        fixed_as="" if fixed is None else _kind(fixed[0]),
         depths={name: model.cfg.n_layers for name, model in models.items()},
         comparisons=comparisons,
         shifts={name: _shifted(model, data, one_length, learners, tasks) for name, model in models.items()},
@@ -231,29 +242,58 @@ def study_in_context(
     )
 
 
-def _insides(
-    models: Mapping[str, HookedTransformer], prompts: RegressionPrompts, step: Learner
-) -> dict[str, dict[str, Any]]:
-    """What is read off activations and weights, by the kind of the model."""
-    shallow = {name: model for name, model in models.items() if model.cfg.n_layers == 1}
-    linear = {name: model for name, model in shallow.items() if model.cfg.score_fn.name == "linear"}
-    deep = {name: model for name, model in models.items() if name not in shallow}
+def _insides(models: Mapping[str, HookedTransformer], prompts: RegressionPrompts, step: Learner) -> dict[str, Any]:
+    """What is read off activations and weights, by the kind of the model, and what this kind of model does not have."""
     tokens = prompts.tokens()[:_RUN]
-    attention = {
-        f"{name}, head {head}" if model.cfg.n_heads > 1 else name: regress_attention(model, prompts, head=head)
-        for name, model in shallow.items()
-        for head in range(model.cfg.n_heads)
-    }
-    return {
-        "attention": attention,
-        "kernels": {
-            name: compare_with_kernel(model, tokens.to(model.W_U))
-            for name, model in shallow.items()
-            if name not in linear
-        },
-        "interpolations": {name: interpolate_weights(model, prompts, step) for name, model in linear.items()},
-        "collapses": {name: measure_rank_collapse(model, tokens.to(model.W_U)) for name, model in deep.items()},
-    }
+    parts: dict[str, dict[str, Any]] = {"attention": {}, "kernels": {}, "interpolations": {}, "collapses": {}}
+    left_out = []
+    for name, model in models.items():
+        measure: Callable[[], Any] = partial(measure_rank_collapse, model, tokens)
+        part, what = "collapses", "rank collapse"
+        if model.cfg.n_layers == 1:
+            parts["attention"] |= {
+                key: regress_attention(model, prompts, head=head) for head, key in enumerate(_head_names(name, model))
+            }
+            measure, part, what = partial(compare_with_kernel, model, tokens), "kernels", "the kernel smoother"
+            if model.cfg.score_fn.name == "linear":
+                measure, part = partial(interpolate_weights, model, prompts, step), "interpolations"
+                what = "the interpolation of weights"
+        try:
+            parts[part][name] = measure()
+        except HooklensError as error:  # the rest of the study is kept
+            left_out.append(f"{name} is studied without {what}: {error}.")
+    return dict(parts, left_out=left_out)
+
+
+def _head_names(name: str, model: HookedTransformer) -> list[str]:
+    n = model.cfg.n_heads
+    return [f"{name}, head {head}" for head in range(n)] if n > 1 else [name]
+
+
+def _kind(model: HookedTransformer) -> str:
+    """What a model is, in words."""
+    n, score = model.cfg.n_layers, model.cfg.score_fn.name
+    layers = "one layer" if n == 1 else f"{n} layers"
+    return f"a model of {layers} of {score} attention" + " with MLPs" * (not model.cfg.attn_only)
+
+
+def _check_models(models: Any, data: InContextRegression, fixed: Any) -> None:
+    """Raise before any work unless the models have names of their own and read the longest prompts."""
+    need_named(models, [FIXED, *known_learners(data, data.points)])
+    need_named(models, [name for name in models for other in models if name.startswith(f"{other}, head ")])
+    asked = [(model, replace(data, n_points=data.points[-1], curriculum=0)) for model in models.values()]
+    if fixed is not None:
+        if not isinstance(fixed, tuple) or len(fixed) != 2:
+            raise WrongType(f"fixed is a model and its data, (model, data); got {fixed!r:.60}")
+        need_task(fixed[1])
+        if len(numbers := fixed[1].points) > 1:
+            raise InputError(
+                f"fixed is a model at one number of examples, and its data have {numbers[0]} to {numbers[-1]}; give "
+                "such a model in `models`, and its data as `data`"
+            )
+        asked.append(fixed)
+    for model, own in asked:
+        need_regression(model, draw_prompts(own, 1))
 
 
 def _shifted(
@@ -264,7 +304,8 @@ def _shifted(
     tasks: int,
 ) -> ShiftErrors:
     """Points of other scales, longer prompts where the model reads them, and other dimensions."""
-    longer = [k for k in (3 * data.points[-1] // 2, 2 * data.points[-1]) if k < model.cfg.n_ctx]
+    most = (model.cfg.n_ctx - 1) // (2 if data.interleaved else 1)
+    longer = [k for k in (3 * data.points[-1] // 2, 2 * data.points[-1]) if k <= most]
     shown = [learners[name] for name in (SHARED_STEP, LEAST_SQUARES)]
     dims = (max(1, data.d // 2), data.d + data.d // 2)
     return measure_shifts(model, one_length, shown, lengths=longer, dims=dims, tasks=min(tasks, _COMPARED))
@@ -284,7 +325,7 @@ def _cost(
         inputs=prompts.tokens().to(model.W_U),
         measure="MSE",
         value=float(errors.error_of(name).mean()),
-        implements=said_closest(comparisons[name]),
+        implements=f"answers {said_closest(comparisons[name])}",
     )
 
 

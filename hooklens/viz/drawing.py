@@ -68,7 +68,7 @@ def log_axes(figure: go.Figure, log: str) -> go.Figure:
 def uniform_ticks(figure: go.Figure) -> go.Figure:
     """Write the numbers beside a logarithmic y axis in one way, powers of ten where decimals would be long.
 
-    Plotly's own powers are 10^-1 beside 1 and 10. Along x, 2 and 5 between powers of ten: all nine digits would meet.
+    Plotly's own powers are 10^-1 beside 1 and 10. 2 and 5 between powers of ten: all nine digits would meet.
     """
     if figure.layout.xaxis.type == "log":
         across = _positive(figure, "x")
@@ -77,6 +77,8 @@ def uniform_ticks(figure: go.Figure) -> go.Figure:
     if figure.layout.yaxis.type != "log":
         return figure
     drawn = _positive(figure, "y")
+    if drawn.size and 0.9 < np.log10(drawn.max() / drawn.min()) < 3:
+        figure.update_yaxes(dtick="D2")
     short = not drawn.size or (drawn.min() >= _SHORT[0] and drawn.max() <= _SHORT[1])
     return figure.update_yaxes(tickformat=_DECIMAL if short else _POWER)
 

@@ -43,6 +43,11 @@ def test_the_ticks_of_a_logarithmic_axis_were_powers_and_numbers_mixed(tmp_path)
         assert len(ticks) > 3 and all(re.fullmatch(r"\de[−+]\d", tick) for tick in ticks), ticks
 
 
+def test_the_digits_between_two_powers_met_on_an_axis_of_one_or_two_of_them():
+    ticks = [viz.lines({"error": torch.tensor(pair)}, log="y").layout.yaxis.dtick for pair in ((0.5, 10.0), (1.0, 3.0))]
+    assert ticks == ["D2", None]
+
+
 def test_lines_may_have_their_own_places():
     figure = viz.lines({"a": torch.ones(3), "b": torch.ones(2)}, {"a": torch.arange(3), "b": torch.tensor([0, 2])})
     assert [list(trace.x) for trace in figure.data] == [[0, 1, 2], [0, 2]]

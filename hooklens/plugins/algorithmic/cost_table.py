@@ -1,7 +1,8 @@
 """What models reach and what a forward pass costs, by hooklens's formula and by torch's counter."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +96,7 @@ class CostTable(Result):
         return bars(values, labels=[c.name for c in self.costs], y_title="FLOPs of a sequence")
 
 
-def compare_costs(models: Sequence[Any]) -> CostTable:
+def compare_costs(models: MeasuredModel | Sequence[Any]) -> CostTable:
     """What does each model reach, and what does one forward pass cost?
 
     The formula counts a multiplication and an addition as two operations, of matrix products alone, over all positions
@@ -109,6 +110,7 @@ def compare_costs(models: Sequence[Any]) -> CostTable:
     >>> cost.flops == cost.written_out, cost.difference
     (True, 'torch does not count the fused attention kernel')
     """
+    models = [models] if isinstance(models, MeasuredModel) else models
     if not models:
         raise InputError("compare_costs needs at least one MeasuredModel; got none")
     for entry in models:
@@ -117,6 +119,10 @@ def compare_costs(models: Sequence[Any]) -> CostTable:
         if entry.measure not in _MEASURES:
             raise did_you_mean("measure", entry.measure, _MEASURES)
         real("value", entry.value)
+        axes = 1 + isinstance(entry.model, HookedTransformer)
+        if not isinstance(entry.inputs, Tensor) or entry.inputs.ndim < axes or not len(entry.inputs):
+            seen = list(entry.inputs.shape) if isinstance(entry.inputs, Tensor) else f"{entry.inputs!r:.60}"
+            raise InputError(f"inputs are a tensor of at least one row, [batch{' pos' * (axes > 1)} ...]; got {seen}")
     return CostTable([_cost(entry) for entry in models])
 
 
@@ -174,6 +180,18 @@ def count_flops(module: nn.Module, inputs: Shaped[Tensor, "batch *pos"]) -> int:
     >>> count_flops(nn.Linear(3, 5, bias=False), torch.zeros(2, 3))
     60
     """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with _evaluating(module), FlopCounterMode(display=False) as counter, torch.no_grad():
         module(inputs)
     return int(counter.get_total_flops())
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Without dropout, which would draw from the global generator."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

@@ -65,3 +65,18 @@ def test_bad_rows_are_refused():
         with refused(HooklensError, message):
             compare_costs(rows)
     assert count_flops(nn.Linear(2, 2, bias=False), torch.zeros(1, 2)) == 8
+
+
+def test_inputs_without_rows_or_positions_failed_at_an_index():
+    for inputs in (TOKENS[0], TOKENS.tolist(), TOKENS[:0]):
+        with refused(HooklensError, r"at least one row, \[batch pos"):
+            compare_costs([measured(tiny_model(), inputs)])
+    assert len(compare_costs(measured(tiny_model())).costs) == 1
+
+
+def test_counting_drew_from_the_global_generator():
+    net, state = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5).eval()), torch.get_rng_state()
+    net[0].train()
+    count_flops(nn.Dropout(0.5), torch.zeros(1, 3))
+    compare_costs([measured(net, torch.zeros(1, 3))])
+    assert torch.equal(state, torch.get_rng_state()) and net[0].training and not net[1].training

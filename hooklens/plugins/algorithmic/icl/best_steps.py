@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.arguments import flag, real, several, whole
+from hooklens.core.arguments import flag, real, several, whole, zero_or_more
 from hooklens.core.errors import InputError, WrongType
+from hooklens.core.gradients import need_gradients
 from hooklens.data.regression import InContextRegression
 from hooklens.plugins.algorithmic.icl.input_moments import InputMoments, Matrix, draw_spectra
 from hooklens.plugins.algorithmic.icl.learners import GDPlusPlus, GradientDescent, PreconditionedStep, descent_gain
@@ -59,12 +60,12 @@ class BestStep(Result):
     @property
     def excess(self) -> PerLength:
         """How far the shared step is above the best one at each length, as a share."""
-        return self.errors / self.own_errors - 1
+        return (self.errors / self.own_errors - 1).clamp_min(0)  # below it by rounding alone
 
     @property
     def mean_excess(self) -> float:
         """How far the mean error of the shared step is above that of the best steps, as a share."""
-        return self.error / float(self.probabilities @ self.own_errors) - 1
+        return max(self.error / float(self.probabilities @ self.own_errors) - 1, 0.0)
 
     def learner(self) -> GradientDescent:
         """The step as a learner."""
@@ -97,7 +98,7 @@ def best_step(
     moments: InputMoments,
     lengths: Lengths,
     *,
-    probabilities: Sequence[float] | None = None,
+    probabilities: float | Sequence[float] | None = None,
     noise: float = 0.0,
     mean: bool = True,
 ) -> BestStep:
@@ -118,11 +119,11 @@ def best_step(
     Reference: von Oswald et al. (2023), section 3 and appendix A.6, search the rate on 10,000 tasks; the closed form is
     derived above.
     """
-    _need_moments(moments, mean)
+    _need_moments(moments, noise, mean)
     ks, weights = _mixture(lengths, probabilities)
     linear, square = (torch.stack(terms) for terms in zip(*(_terms(moments, k, noise, mean) for k in ks), strict=True))
     linear, square = ((moments.covariance @ term).diagonal(dim1=-2, dim2=-1).sum(-1) for term in (linear, square))
-    zero = float(moments.covariance.trace()) + real("noise", noise, 0.0) ** 2
+    zero = float(moments.covariance.trace()) + noise**2
     rate = (weights @ linear) / (weights @ square)
     own = linear / square
     return BestStep(
@@ -141,7 +142,7 @@ def best_preconditioner(
     moments: InputMoments,
     lengths: Lengths,
     *,
-    probabilities: Sequence[float] | None = None,
+    probabilities: float | Sequence[float] | None = None,
     noise: float = 0.0,
     mean: bool = True,
 ) -> PreconditionedStep:
@@ -152,7 +153,7 @@ def best_preconditioner(
 
     Reference: Ahn et al. (2023), theorem 1; Zhang et al. (2023), theorem 4.1 (noise and mixtures are derived here).
     """
-    _need_moments(moments, mean)
+    _need_moments(moments, noise, mean)
     ks, weights = _mixture(lengths, probabilities)
     linear, square = (torch.stack(terms) for terms in zip(*(_terms(moments, k, noise, mean) for k in ks), strict=True))
     summed = (torch.einsum("k,kij->ij", weights, term) for term in (square, linear))
@@ -202,7 +203,7 @@ def best_gd_plus_plus(
     depth: int,
     *,
     draws: int = _SPECTRA_DRAWS,
-    larger: Sequence[float] = _LARGER,
+    larger: float | Sequence[float] = _LARGER,
     seed: int = 0,
 ) -> list[GDPlusPlus]:
     """1, 2, ... `depth` steps of GD++ with rates and gammas of their own.
@@ -211,7 +212,8 @@ def best_gd_plus_plus(
     layer, too. The loss has several minima, so the error found is an upper bound of the best one. `larger` are the
     factors of `with_larger`: further ones keep steps from diverging on rarer data sets, and make the search harder.
     """
-    spectra, learners = _drawn(data, lengths, draws, seed, larger=larger), list[GDPlusPlus]()
+    factors = [real("larger", factor, 1.0) for factor in zero_or_more("larger", larger)]
+    spectra, learners = _drawn(data, lengths, draws, seed, larger=factors), list[GDPlusPlus]()
     start = _gentle(data, spectra)
     for _ in range(whole("depth", depth, 1)):
         parameters = torch.tensor(_searched(data, spectra, lambda p: tuple(p.chunk(2)), start), dtype=torch.float64)
@@ -247,15 +249,17 @@ def with_larger(spectra: Float[Tensor, "draw d"], factors: Sequence[float] = _LA
     return torch.cat([spectra, *(factor * largest for factor in factors)])
 
 
-def _need_moments(moments: Any, mean: bool) -> None:
+def _need_moments(moments: Any, noise: float, mean: bool) -> None:
     flag("mean", mean)
+    real("noise", noise, 0.0)
     if not isinstance(moments, InputMoments):
         raise WrongType(f"moments are those of the inputs, hl.icl.moments_of(data); got {moments!r:.60}")
 
 
-def _mixture(lengths: Lengths, probabilities: Sequence[float] | None) -> tuple[list[int], PerLength]:
+def _mixture(lengths: Lengths, probabilities: float | Sequence[float] | None) -> tuple[list[int], PerLength]:
     ks = [whole("lengths", k, 1) for k in several("lengths", lengths)]
-    given = [1.0] * len(ks) if probabilities is None else [real("probabilities", p, 0.0) for p in probabilities]
+    given = [1.0] * len(ks) if probabilities is None else several("probabilities", probabilities)
+    given = [real("probabilities", p, 0.0) for p in given]
     if len(given) != len(ks) or sum(given) == 0:
         raise InputError(f"{len(ks)} lengths need as many probabilities, not all 0; got {given}")
     weights = torch.tensor(given, dtype=torch.float64)
@@ -272,6 +276,7 @@ def _terms(moments: InputMoments, k: int, noise: float, mean: bool) -> tuple[Mat
 def _drawn(
     data: InContextRegression, lengths: Lengths, draws: int, seed: int, *, larger: Sequence[float] = _LARGER
 ) -> Spectra:
+    need_gradients("a search of rates")
     ks, _ = _mixture(lengths, None)
     return [(k, with_larger(draw_spectra(data, k, draws=draws, seed=seed), larger)) for k in ks]
 

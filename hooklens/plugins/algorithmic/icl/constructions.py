@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooklens.core.arguments import whole
-from hooklens.core.errors import WrongType
+from hooklens.core.arguments import check_target, whole
+from hooklens.core.errors import ArgumentError, WrongType
 from hooklens.model.config import Allowed, Biases, HookedTransformerConfig, MaskPart, Positions, VectorEmbed
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.algorithmic.icl.learners import GDPlusPlus, GradientDescent, Learner, PreconditionedStep
@@ -54,9 +54,13 @@ def construct_descent(
     Reference: von Oswald et al. (2023), proposition 1 and appendix A.10 (GD++); Ahn et al. (2023), theorem 1 (P).
     """
     steps = _steps(learner, whole("d", d, 1))
+    check_target(None, dtype)
     n_points = whole("n_points", n_points, 1)
+    n_ctx = n_points + 1 if n_ctx is None else whole("n_ctx", n_ctx, 1)
+    if n_ctx <= n_points:
+        raise ArgumentError("{n_ctx} is at least {n_points} and a query, {0} tokens; got {1}", n_points + 1, n_ctx)
     share = 1 / n_points if getattr(learner, "mean", True) else 1.0
-    model = _blank(len(steps), d, n_points, n_points + 1 if n_ctx is None else whole("n_ctx", n_ctx, 1)).to(dtype)
+    model = _blank(len(steps), d, n_points, n_ctx).to(dtype)
     blocks: Any = model.blocks
     with torch.no_grad():
         model.embed.weight.copy_(torch.eye(d + 1))
@@ -73,6 +77,7 @@ def construct_descent(
 def _steps(learner: Learner, d: int) -> list[Step]:
     eye = torch.eye(d, dtype=torch.float64)
     if isinstance(learner, PreconditionedStep):
+        learner.need_coordinates(d)
         return [(learner.matrix, 1.0, 0.0)]
     if isinstance(learner, GDPlusPlus):
         return [(eye, rate, gamma) for rate, gamma in zip(learner.rates, learner.gammas, strict=True)]

@@ -28,7 +28,7 @@ from hooklens.plugins.algorithmic.icl.learners import (
     PreconditionedStep,
     Ridge,
     Zero,
-    need_learners,
+    need_learner,
 )
 from hooklens.plugins.algorithmic.icl.regression_prompts import asked_length
 from hooklens.results.result import Result, Table
@@ -70,7 +70,7 @@ def expected_error(
     Reference: Hastie et al. (2022), "Surprises in high-dimensional ridgeless least squares interpolation", section 3
     (least squares, here at finite n: inverse Wishart means).
     """
-    need_learners(learner)
+    need_learner(learner)
     k = asked_length(data, n_points)
     exact = _exact(learner, data, k)
     if exact is not None:
@@ -102,6 +102,7 @@ def _single_step(learner: Learner, k: int, d: int) -> Float[Tensor, "d d"] | Non
     if isinstance(learner, Averaging):
         return eye / learner.variance
     if isinstance(learner, PreconditionedStep):
+        learner.need_coordinates(d)
         return learner.matrix.double() * (1 if learner.mean else k)
     if isinstance(learner, GradientDescent) and len(learner.rates) == 1:
         return learner.rates[0] * (1 if learner.mean else k) * eye
@@ -136,7 +137,7 @@ class DepthGap(Result):
     plus_plus: Float[Tensor, "depth"]
     standard_errors: Float[Tensor, "kind depth"]
     least_squares: float
-    ridge: float
+    ridge: float | None  # without noise, least squares is the best
     zero: float
     n_points: int
 
@@ -146,7 +147,7 @@ class DepthGap(Result):
         deepest = int(self.depths[-1])
         parts = [f"{name} {float(values[-1]):.3g}" for name, values in self._columns().items()]
         floor = f"least squares {self.least_squares:.3g}"
-        if self.ridge < math.inf:
+        if self.ridge is not None:
             floor += f", ridge {self.ridge:.3g}"
         return (
             f"On {self.n_points} examples the error after {deepest} layer{'s' * (deepest > 1)} is {', '.join(parts)}; "
@@ -223,7 +224,7 @@ def measure_depth_gap(
         plus_plus=plus_plus,
         standard_errors=measured.std(-1) / math.sqrt(len(measured_on)),
         least_squares=reference(LeastSquares()),
-        ridge=reference(Ridge(data.noise**2)) if data.noise > 0 else math.inf,
+        ridge=reference(Ridge(data.noise**2)) if data.noise > 0 else None,
         zero=reference(Zero()),
         n_points=k,
     )

@@ -93,7 +93,7 @@ def _symmetric(name: str, matrix: Any) -> Matrix:
     if not square or matrix.is_complex():
         seen = f"{matrix.dtype} {list(matrix.shape)}" if isinstance(matrix, Tensor) else f"{matrix!r:.60}"
         raise InputError(f"{name} is a symmetric matrix [d d] of real numbers, got {seen}")
-    wide = matrix.detach().double()
+    wide = matrix.detach().to(torch.float64, copy=True)  # the caller may go on changing theirs
     if not bool(wide.isfinite().all()) or float((wide - wide.mT).abs().max()) > _ROUNDING * float(wide.abs().max()):
         raise InputError(f"{name} is a symmetric matrix of finite numbers, and this one is not")
     return wide

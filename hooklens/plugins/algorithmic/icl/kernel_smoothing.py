@@ -4,16 +4,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.core.arguments import real
 from hooklens.core.component import layer_names
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, WrongType
 from hooklens.data.demo_prompts import demo_texts
 from hooklens.model.config import Softmax, VectorEmbed
 from hooklens.model.transformer import HookedTransformer, need_hooked
-from hooklens.plugins.algorithmic.icl.scored_vectors import in_dtype_of, read_scored_vectors
+from hooklens.plugins.algorithmic.icl.scored_vectors import Inputs, read_inputs, read_scored_vectors
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
 
@@ -86,12 +86,16 @@ def kernel_weights(
     """
     if real("variance", variance) <= 0:
         raise InputError(f"a kernel has a variance above 0, got {variance}")
+    if not all(isinstance(part, Tensor) and part.is_floating_point() for part in (queries, keys)):
+        raise WrongType("queries and keys are tensors of real numbers with a point")
     if queries.shape[-1] != keys.shape[-1] or queries.ndim < 2 or keys.ndim < 2:
         shapes = f"{list(queries.shape)} and {list(keys.shape)}"
         raise InputError(f"queries and keys are vectors of one length, [... query d] and [... key d]; got {shapes}")
-    squares = queries.square().sum(-1)[..., None] + keys.square().sum(-1)[..., None, :] - 2 * queries @ keys.mT
-    exponents = -squares / (2 * variance)
-    return torch.softmax(exponents if seen is None else exponents.masked_fill(~seen, -torch.inf), -1)
+    # of differences, in float64: |q|^2 + |k|^2 - 2 q k loses the digits of near keys, and float16 ends at 65,504
+    distances = torch.cdist(queries.double(), keys.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    exponents = -distances.square() / (2 * variance)
+    weights = torch.softmax(exponents if seen is None else exponents.masked_fill(~seen, -torch.inf), -1)
+    return weights.to(torch.promote_types(queries.dtype, keys.dtype))
 
 
 def smooth(
@@ -108,10 +112,10 @@ def smooth(
     weights = kernel_weights(queries, keys, variance)
     if values.ndim < 2 or values.shape[-2] != keys.shape[-2]:
         raise InputError(f"smooth takes a value for each of the {keys.shape[-2]} keys; got {list(values.shape)}")
-    return weights @ values
+    return weights.to(values.dtype) @ values
 
 
-def compare_with_kernel(model: HookedTransformer, tokens: Shaped[Tensor, "batch pos *d_in"]) -> KernelComparison:
+def compare_with_kernel(model: HookedTransformer, tokens: Inputs) -> KernelComparison:
     """How far is each head's softmax attention from a kernel smoother, and is it the keys' norms that separate them?
 
     >>> from hooklens.testing import tiny_model
@@ -124,7 +128,7 @@ def compare_with_kernel(model: HookedTransformer, tokens: Shaped[Tensor, "batch 
     need_hooked(model, "a comparison with a kernel")
     if problem := _unlike_softmax(model):
         raise InputError(f"kernel weights are compared with softmax(q k / scale); this model has {problem}")
-    tokens = in_dtype_of(model, tokens)
+    tokens = read_inputs(model, tokens)
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens, names=["pattern"])
     rows = []

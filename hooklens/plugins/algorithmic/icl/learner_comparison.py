@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hooklens.core.errors import InputError
+from hooklens.core.gradients import need_gradients
 from hooklens.data.regression import in_context_regression
 from hooklens.model.config import VectorEmbed
 from hooklens.model.transformer import HookedTransformer
@@ -42,6 +43,7 @@ class LearnerComparison(Result):
     ranked_by = "smallness of the prediction difference"
     baselines = ("error", "zero")
     terms = {
+        "its error": "the learner's mean squared error on the same prompts",
         "difference": "mean |model's answer - learner's answer|",
         "share": "mean squared difference over the mean square of the learner's answers",
         "cosine": "cosine between the model's sensitivity and the learner's weights, averaged over prompts",
@@ -161,6 +163,7 @@ def compare_learners(
 
 def sensitivity_of(model: HookedTransformer, prompts: RegressionPrompts) -> tuple[PerTask, Queries]:
     """The model's answers, and their gradients by the query."""
+    need_gradients("a comparison of gradients")
     need_regression(model, prompts)
     with torch.enable_grad():
         query = prompts.query.to(model.W_U).detach().clone().requires_grad_()

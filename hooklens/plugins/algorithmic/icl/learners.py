@@ -12,7 +12,15 @@ from torch import Tensor
 
 from hooklens.core.arguments import flag, real, several
 from hooklens.core.errors import InputError, WrongType
-from hooklens.plugins.algorithmic.icl.regression_prompts import Answers, PerTask, Points, Queries, RegressionPrompts
+from hooklens.plugins.algorithmic.icl.regression_prompts import (
+    Answers,
+    PerTask,
+    Points,
+    Queries,
+    RegressionPrompts,
+    need_examples,
+    need_prompts,
+)
 
 Eigenvalues = Float[Tensor, "*draw d"]
 Numbers = Any  # one number or several are taken; a tuple of floats after __post_init__
@@ -41,6 +49,7 @@ class Learner:
 
     def predict(self, prompts: RegressionPrompts) -> PerTask:
         """The answers at the queries."""
+        need_prompts(prompts)
         return (self.weights(prompts.points, prompts.answers) * prompts.query).sum(-1)
 
 
@@ -51,11 +60,15 @@ def need_learners(learners: Any) -> list[Learner]:
     [LeastSquares()]
     """
     given = list(learners) if isinstance(learners, list | tuple) else [learners]
-    for learner in given:
-        if not isinstance(learner, Learner):
-            seen = type(learner).__name__ + "; give its learner()" * hasattr(learner, "learner")
-            raise WrongType(f"learners are those of hl.icl, such as LeastSquares(); got {seen}")
-    return given
+    return [need_learner(learner) for learner in given]
+
+
+def need_learner(learner: Any) -> Learner:
+    """The learner; anything else raises."""
+    if not isinstance(learner, Learner):
+        seen = type(learner).__name__ + "; give its learner()" * hasattr(learner, "learner")
+        raise WrongType(f"learners are those of hl.icl, such as LeastSquares(); got {seen}")
+    return learner
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,7 @@ class Zero(Learner):
     title = "zero"
 
     def weights(self, points: Points, answers: Answers) -> Queries:
+        need_examples(points, answers=answers)
         return torch.zeros_like(points[:, 0])
 
     def gain(self, eigenvalues: Eigenvalues, k: int) -> Eigenvalues:
@@ -83,6 +97,7 @@ class Averaging(Learner):
             raise InputError("averaging divides by the variance of the inputs, which is above 0; got 0")
 
     def weights(self, points: Points, answers: Answers) -> Queries:
+        need_examples(points, answers=answers)
         return (answers[..., None] * points).mean(1) / self.variance
 
     def gain(self, eigenvalues: Eigenvalues, k: int) -> Eigenvalues:
@@ -115,6 +130,7 @@ class GradientDescent(Learner):
         return steps if self.mean else f"{steps}, summed"
 
     def weights(self, points: Points, answers: Answers) -> Queries:
+        need_examples(points, answers=answers)
         share = 1 / points.shape[1] if self.mean else 1.0
         w = torch.zeros_like(points[:, 0])
         for rate in self.rates:
@@ -154,6 +170,7 @@ class GDPlusPlus(Learner):
         return f"GD++, {len(self.rates)} step{'s' * (len(self.rates) > 1)}" + ", summed" * (not self.mean)
 
     def weights(self, points: Points, answers: Answers) -> Queries:
+        need_examples(points, answers=answers)
         share, d = 1 / points.shape[1] if self.mean else 1.0, points.shape[2]
         w, x, y = torch.zeros_like(points[:, 0]), points, answers
         moved = torch.eye(d, dtype=points.dtype, device=points.device).expand(len(points), d, d)  # times query: by now
@@ -188,18 +205,22 @@ class PreconditionedStep(Learner):
             raise InputError(f"the matrix of a preconditioned step is a tensor [d d]; got {shape}")
         if not self.matrix.is_floating_point() or not bool(self.matrix.isfinite().all()):
             raise InputError("the matrix of a preconditioned step holds finite numbers with a point, and this does not")
+        object.__setattr__(self, "matrix", self.matrix.clone())  # the caller may go on changing theirs
 
     @property
     def title(self) -> str:
         return "one preconditioned step" + ", summed" * (not self.mean)
 
     def weights(self, points: Points, answers: Answers) -> Queries:
-        if len(self.matrix) != points.shape[2]:
-            raise InputError(
-                f"the matrix is for points of {len(self.matrix)} coordinates, and these have {points.shape[2]}"
-            )
+        need_examples(points, answers=answers)
+        self.need_coordinates(points.shape[2])
         share = 1 / points.shape[1] if self.mean else 1.0
         return share * torch.einsum("tpd,tp->td", points, answers) @ self.matrix.to(points).mT
+
+    def need_coordinates(self, d: int) -> None:
+        """Raise unless the matrix is for points of `d` coordinates."""
+        if len(self.matrix) != d:
+            raise InputError(f"the matrix is for points of {len(self.matrix)} coordinates, and these have {d}")
 
 
 @dataclass(frozen=True)
@@ -209,7 +230,9 @@ class LeastSquares(Learner):
     title = "least squares"
 
     def weights(self, points: Points, answers: Answers) -> Queries:
-        return (torch.linalg.pinv(points) @ answers[..., None])[..., 0]
+        need_examples(points, answers=answers)
+        x, y = _widened(points, answers)
+        return (torch.linalg.pinv(x) @ y[..., None])[..., 0].to(points)
 
     def gain(self, eigenvalues: Eigenvalues, k: int) -> Eigenvalues:
         smallest = eigenvalues.amax(-1, keepdim=True) * eigenvalues.shape[-1] * torch.finfo(eigenvalues.dtype).eps
@@ -232,9 +255,10 @@ class Ridge(Learner):
             raise InputError("ridge needs a penalty above 0, got 0; use LeastSquares() without one")
 
     def weights(self, points: Points, answers: Answers) -> Queries:
-        eye = torch.eye(points.shape[2], dtype=points.dtype, device=points.device)
-        moment = torch.einsum("tpd,tp->td", points, answers)
-        return torch.linalg.solve(points.mT @ points + self.penalty * eye, moment)
+        need_examples(points, answers=answers)
+        x, y = _widened(points, answers)
+        eye = torch.eye(x.shape[2], dtype=x.dtype, device=x.device)
+        return torch.linalg.solve(x.mT @ x + self.penalty * eye, torch.einsum("tpd,tp->td", x, y)).to(points)
 
     def gain(self, eigenvalues: Eigenvalues, k: int) -> Eigenvalues:
         return 1 / (eigenvalues + self.penalty / k)
@@ -253,6 +277,12 @@ def descent_gain(eigenvalues: Eigenvalues, rates: Float[Tensor, "step"], gammas:
         r = r * (1 - rate * strength * eigenvalues)
         a = a * (1 - gamma * strength * eigenvalues)
     return gain
+
+
+def _widened(points: Points, answers: Answers) -> tuple[Points, Answers]:
+    """The examples in float32 at least: torch solves nothing in 16 bits."""
+    wide = torch.promote_types(points.dtype, torch.float32)
+    return points.to(wide), answers.to(wide)
 
 
 def _settle(learner: Learner, name: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.arguments import real, whole
@@ -13,7 +13,7 @@ from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_texts
 from hooklens.model.config import VectorEmbed
 from hooklens.model.transformer import HookedTransformer, need_hooked
-from hooklens.plugins.algorithmic.icl.scored_vectors import in_dtype_of
+from hooklens.plugins.algorithmic.icl.scored_vectors import Inputs, read_inputs
 from hooklens.results.result import Result, Table
 
 Matrices = Float[Tensor, "*matrix pos d_model"]
@@ -74,7 +74,7 @@ def composite_norm(x: Matrices) -> Float[Tensor, "*matrix"]:
 
     It is not a norm: the triangle inequality can fail. Reference: Dong et al. (2021).
     """
-    return (x.abs().sum(-2).amax(-1) * x.abs().sum(-1).amax(-1)).sqrt()
+    return x.abs().sum(-2).amax(-1).sqrt() * x.abs().sum(-1).amax(-1).sqrt()
 
 
 def collapse_bound(
@@ -91,18 +91,18 @@ def collapse_bound(
 
     Reference: Dong et al. (2021), the theorems on one head and on several heads.
     """
-    power = 3.0 ** whole("depth", depth)
+    power = 3.0 ** min(whole("depth", depth), 600)  # 3^L overflows, and the bound is 0 or cut off long before
     base = 4 * real("gamma", gamma, 0.0) * real("beta", beta, 0.0) * whole("n_heads", n_heads, 1)
     base /= math.sqrt(whole("d_head", d_head, 1))
     residual = real("residual", residual, 0.0)
     if residual == 0 or (base == 0 and depth):
         return 0.0
-    # in logarithms, since 3^L overflows soon
-    exponent = (power - 1) / 2 * (math.log(base) if depth else 0.0) + power * math.log(residual)
+    half = math.log(base) / 2 if depth else 0.0
+    exponent = power * (half + math.log(residual)) - half
     return math.exp(min(exponent, 700.0))
 
 
-def measure_rank_collapse(model: HookedTransformer, tokens: Shaped[Tensor, "batch pos *d_in"]) -> RankCollapse:
+def measure_rank_collapse(model: HookedTransformer, tokens: Inputs) -> RankCollapse:
     """How much do positions still differ after each layer, without attention's residual connection, MLPs, or both?
 
     The parts are switched off by hooks: without the residual connection `resid_mid` is `attn_out`; without MLPs
@@ -122,23 +122,29 @@ def measure_rank_collapse(model: HookedTransformer, tokens: Shaped[Tensor, "batc
     need_hooked(model, "rank collapse")
     model.blocks[0].need_steps("rank collapse")
     model.blocks[0].need_sum("rank collapse")
+    tokens = read_inputs(model, tokens)
     if len(tokens.shape) < 2 or tokens.shape[1] < 2:
         raise InputError(f"rank collapse compares positions, and needs at least 2; got inputs {list(tokens.shape)}")
-    tokens = in_dtype_of(model, tokens)
     shares, residuals, names = [], [], []
+    wide = torch.promote_types(model.dtype, torch.float32)  # sums over positions overflow in float16
     for name, (residual, mlp) in VARIANTS.items():
         if mlp and model.cfg.attn_only:
             continue
-        streams = _streams(model, tokens, residual, mlp)
-        left = composite_norm(residual_to_rank_one(streams))
+        streams = _streams(model, tokens, residual, mlp).to(wide)
+        if not bool(streams.isfinite().all()):
+            raise InputError(
+                f"with {name} alone some activations are not finite; give inputs without NaN, and use model.float() if "
+                "a model in 16 bits overflows"
+            )
+        left, size = composite_norm(residual_to_rank_one(streams)), composite_norm(streams)
         names.append(name)
         residuals.append(left.mean(1))
-        shares.append((left / composite_norm(streams)).nan_to_num(0.0).mean(1))
+        shares.append((left / size.where(size > 0, 1.0)).mean(1))  # a stream of 0 has equal positions
     return RankCollapse(names, torch.stack(shares), torch.stack(residuals))
 
 
 def _streams(
-    model: HookedTransformer, tokens: Shaped[Tensor, "batch pos *d_in"], residual: bool, mlp: bool
+    model: HookedTransformer, tokens: Tensor, residual: bool, mlp: bool
 ) -> Float[Tensor, "layer batch pos d_model"]:
     """The stream before the first layer and after each, with parts of the pass switched off."""
     written: dict[str, Tensor] = {}

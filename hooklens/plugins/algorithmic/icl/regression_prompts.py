@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -40,23 +41,7 @@ class RegressionPrompts:
     interleaved: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.points, Tensor) or self.points.ndim != 3:
-            seen = list(self.points.shape) if isinstance(self.points, Tensor) else f"{self.points!r:.60}"
-            raise InputError(f"points are a tensor [task point d], one task with points[None]; got {seen}")
-        parts = (self.points, self.answers, self.query, self.target)
-        if not all(isinstance(part, Tensor) and part.is_floating_point() for part in parts):
-            raise InputError("points, answers, query and target are tensors of real numbers with a point")
-        if not all(bool(part.detach().isfinite().all()) for part in parts):
-            raise InputError("some numbers of these prompts are not finite")
-        tasks, n, d = self.points.shape
-        if not n or not d:
-            raise InputError(f"a prompt has at least one example of one coordinate, got {n} of {d}")
-        shapes = [tuple(part.shape) for part in (self.answers, self.query, self.target)]
-        if shapes != [(tasks, n), (tasks, d), (tasks,)]:
-            raise InputError(
-                f"points of shape {[tasks, n, d]} need answers {[tasks, n]}, queries {[tasks, d]} and targets {[tasks]}"
-                f"; got {', '.join(str(list(shape)) for shape in shapes)}"
-            )
+        need_examples(self.points, answers=self.answers, query=self.query, target=self.target)
 
     def __len__(self) -> int:
         return len(self.points)
@@ -91,6 +76,36 @@ class RegressionPrompts:
         """The prompts on the device and in the dtype of a tensor."""
         parts = {name: getattr(self, name).to(other) for name in ("points", "answers", "query", "target")}
         return replace(self, **parts)
+
+
+def need_examples(points: Any, **others: Any) -> None:
+    """Raise unless these are points, answers, a query and a target (or some of them) of the same tasks.
+
+    >>> need_examples(torch.ones(5, 4, 3), answers=torch.ones(5, 2))
+    Traceback (most recent call last):
+    hooklens.core.errors.InputError: points of shape [5, 4, 3] need answers [5, 4]; got [5, 2]
+    """
+    if not isinstance(points, Tensor) or points.ndim != 3:
+        seen = list(points.shape) if isinstance(points, Tensor) else f"{points!r:.60}"
+        raise InputError(f"points are a tensor [task point d], one task with points[None]; got {seen}")
+    parts = {"points": points, **others}
+    if not all(isinstance(part, Tensor) and part.is_floating_point() for part in parts.values()):
+        raise InputError(f"{', '.join(parts)} are tensors of real numbers with a point")
+    if len({part.dtype for part in parts.values()}) > 1:
+        seen = ", ".join(f"{name} {part.dtype}" for name, part in parts.items())
+        raise InputError(f"the parts of a prompt have one dtype, got {seen}; convert them with .to(dtype)")
+    if not all(bool(part.detach().isfinite().all()) for part in parts.values()):
+        raise InputError("some numbers of these prompts are not finite")
+    tasks, n, d = points.shape
+    if not points.numel():
+        raise InputError(
+            f"prompts have at least one task, at least one example and one coordinate, got {[tasks, n, d]}"
+        )
+    shapes = {"answers": [tasks, n], "query": [tasks, d], "target": [tasks]}
+    if any(list(part.shape) != shapes[name] for name, part in others.items()):
+        wanted = ", ".join(f"{name} {shapes[name]}" for name in others)
+        seen = ", ".join(str(list(part.shape)) for part in others.values())
+        raise InputError(f"points of shape {[tasks, n, d]} need {wanted}; got {seen}")
 
 
 def prompts_of(batch: Batch) -> RegressionPrompts:
@@ -165,11 +180,16 @@ def widened_prompts(model: HookedTransformer, prompts: RegressionPrompts) -> Reg
     return prompts.to(torch.zeros((), dtype=wide, device=model.device))
 
 
+def need_prompts(prompts: Any) -> None:
+    """Raise for anything except prompts of regression."""
+    if not isinstance(prompts, RegressionPrompts):
+        raise WrongType(f"prompts are those of draw_prompts(data, tasks) or prompts_of(batch), got {prompts!r:.60}")
+
+
 def need_regression(model: HookedTransformer, prompts: RegressionPrompts) -> None:
     """Raise unless the model reads these prompts and answers with one number."""
     need_hooked(model, "in-context regression")
-    if not isinstance(prompts, RegressionPrompts):
-        raise WrongType(f"prompts are those of draw_prompts(data, tasks) or prompts_of(batch), got {prompts!r:.60}")
+    need_prompts(prompts)
     cfg, wanted = model.cfg, prompts.d + 1
     if not isinstance(cfg.embed, VectorEmbed) or cfg.embed.d_in != wanted or cfg.d_vocab_out != 1:
         reads = f"vectors of {cfg.embed.d_in}" if isinstance(cfg.embed, VectorEmbed) else "tokens"

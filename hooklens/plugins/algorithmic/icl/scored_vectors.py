@@ -7,21 +7,30 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from hooklens.core.errors import WrongType
+from hooklens.model.config import VectorEmbed
+from hooklens.model.ids import as_ids
 from hooklens.model.transformer import HookedTransformer
 
+Inputs = Shaped[Tensor, "batch pos *d_in"] | Sequence[Any]  # token ids or vectors
 Vectors = Float[Tensor, "batch head pos d_head"]
 
 
-def in_dtype_of(
-    model: HookedTransformer, inputs: Shaped[Tensor, "batch pos *d_in"]
-) -> Shaped[Tensor, "batch pos *d_in"]:
-    """Vectors in the model's dtype; tokens as they are.
+def read_inputs(model: HookedTransformer, inputs: Inputs) -> Shaped[Tensor, "..."]:
+    """What the model reads as a tensor: token ids, or vectors in its dtype.
 
     >>> from hooklens.testing import tiny_model
-    >>> in_dtype_of(tiny_model().double(), torch.ones(1, 2, 3)).dtype
-    torch.float64
+    >>> read_inputs(tiny_model(), [[1, 2, 3]]).shape
+    torch.Size([1, 3])
     """
-    return inputs.to(model.dtype) if inputs.is_floating_point() else inputs
+    if callable(inputs):
+        raise WrongType(f"tokens are numbers, got {inputs!r:.60}; a method is called with (): prompts.tokens()")
+    if not isinstance(model.cfg.embed, VectorEmbed):
+        return as_ids(inputs, device=model.device)
+    try:
+        return torch.as_tensor(inputs, dtype=model.dtype, device=model.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise WrongType(f"tokens are vectors [batch pos d_in], got {inputs!r:.60}") from error
 
 
 def read_scored_vectors(

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.arguments import real, seeded, several, whole
+from hooklens.core.arguments import real, seeded, whole, zero_or_more
 from hooklens.core.errors import InputError
 from hooklens.data.regression import InContextRegression, in_context_regression
 from hooklens.model.config import Learned, VectorEmbed
@@ -149,27 +149,22 @@ def _shifts(
 ) -> list[_Shift]:
     (least, most), shifts = trained_lengths(data), list[_Shift]()
     data = replace(data, n_points=most)
-    for scale in _given("scales", scales):
+    for scale in zero_or_more("scales", scales):
         if real("scales", scale) == 0:
             raise InputError("points times 0 say nothing of the weights; give scales other than 0")
         note = "as in training" if scale == 1 else f"points times {scale:g}"
         shifts.append(_Shift(f"scale {scale:g}", note, data, scale))
-    for length in _given("lengths", lengths):
+    for length in zero_or_more("lengths", lengths):
         side = (whole("lengths", length, 1) > most) - (length < least)
         note = {1: "longer than training", 0: "a length of training", -1: "shorter than training"}[side]
         shifts.append(_Shift(f"{length} examples", note, replace(data, n_points=length)))
-    for d in _given("dims", dims):
+    for d in zero_or_more("dims", dims):
         more = whole("dims", d, 1) > data.d
         note = f"the first {data.d} of {d} coordinates" if more else f"{d} of {data.d} coordinates, the rest 0"
         shifts.append(_Shift(f"{d} dimension{'s' * (d > 1)}", note, replace(data, d=d)))
     if not shifts:
         raise InputError("measure_shifts needs at least one of scales, lengths and dims")
     return shifts
-
-
-def _given(name: str, values: Any) -> list[Any]:
-    """The values of an argument that may be left empty."""
-    return [] if isinstance(values, list | tuple) and not values else several(name, values)
 
 
 def _errors(

@@ -148,6 +148,10 @@ def interpolate_weights(
     Reference: von Oswald et al. (2023), appendix A.3, equations 9 and 10.
     """
     need_regression(model, prompts)
+    if prompts.interleaved:
+        raise InputError(
+            "the construction reads x and y in one token, and in these prompts they have tokens of their own"
+        )
     places = [real("alphas", alpha) for alpha in several("alphas", alphas)]
     if len(places) < 3 or places[0] != 0 or places[-1] != 1 or places != sorted(places):
         raise InputError(f"alphas ascend from 0 to 1 with a number between, got {places}")

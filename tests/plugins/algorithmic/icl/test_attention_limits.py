@@ -198,3 +198,43 @@ def test_one_position_cannot_collapse():
 @pytest.mark.parametrize("plugin", ["compare_with_kernel", "measure_rank_collapse"])
 def test_the_contract(plugin):
     check_plugin(plugin, models={"vectors": vector_model(dtype=torch.float64)})
+
+
+def test_positions_were_equal_in_float16_where_sums_overflow():
+    model = tiny_model(attn_only=True, d_model=256, d_head=8)
+    with torch.no_grad():
+        model.W_E.mul_(400)
+    wide = measure_rank_collapse(model, TOKENS).share
+    narrow = measure_rank_collapse(model.half(), TOKENS).share
+    torch.testing.assert_close(narrow, wide, atol=2e-3, rtol=1e-2)
+    with torch.no_grad():
+        model.W_E[1] = torch.nan
+    with refused(HooklensError, "activations are not finite"):
+        measure_rank_collapse(model, TOKENS)
+
+
+def test_near_keys_had_equal_weights_in_float32_and_large_ones_nan_in_float16():
+    """|q|^2 + |k|^2 - 2 q k of numbers near 1,000 has no digits left."""
+    query, keys = torch.tensor([[1000.0, 0.0]]), torch.tensor([[1000.125, 0.0], [1000.25, 0.0]])
+    exact = torch.softmax(-torch.tensor([0.125, 0.25]).square() / 0.02, -1)[None]
+    torch.testing.assert_close(kernel_weights(query, keys, 0.01), exact)
+    narrow = kernel_weights((300 * normal(2, 8)).half(), (300 * normal(3, 8)).half(), 2.0)
+    assert narrow.dtype == torch.float16 and bool(narrow.isfinite().all())
+    with refused(HooklensError, "real numbers with a point"):
+        kernel_weights(query, [[1.0, 2.0]], 1.0)
+
+
+def test_depths_whose_powers_overflow_have_a_bound():
+    assert collapse_bound(0.5, 0.5, 4, 700) == 0.0 < 1e300 < collapse_bound(5.0, 0.5, 4, 700)
+
+
+@pytest.mark.parametrize("measure", [measure_rank_collapse, compare_with_kernel])
+def test_inputs_may_be_lists_and_a_method_is_called_first(measure):
+    model = tiny_model()
+    assert measure(model, TOKENS.tolist()).table().rows == measure(model, TOKENS).table().rows
+    reader = vector_model()
+    vectors = torch.randn(1, 3, reader.cfg.embed.d_in)
+    assert measure(reader, vectors.tolist()).table().rows == measure(reader, vectors).table().rows
+    for bad, says in ((vectors.tolist, r"called with \(\)"), ("abc", "vectors .* got 'abc'")):
+        with refused(HooklensError, says):
+            measure(reader, bad)

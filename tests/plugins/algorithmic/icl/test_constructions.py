@@ -13,7 +13,9 @@ from hooklens.core.errors import HooklensError
 from hooklens.model.config import Biases, LinearScore, VectorEmbed
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.algorithmic.icl.attention_regression import regress_attention
+from hooklens.plugins.algorithmic.icl.best_steps import best_constant_steps
 from hooklens.plugins.algorithmic.icl.constructions import FirstKeys, construct_descent
+from hooklens.plugins.algorithmic.icl.expected_errors import expected_error
 from hooklens.plugins.algorithmic.icl.learner_comparison import compare_learners, sensitivity_of
 from hooklens.plugins.algorithmic.icl.learners import (
     GDPlusPlus,
@@ -214,3 +216,25 @@ def test_models_that_cannot_read_the_prompts_are_refused():
 def test_the_contract_on_models_that_read_vectors(plugin):
     dtypes = (torch.float64, torch.float32, torch.bfloat16)
     check_plugin(plugin, models={str(dtype): regression_model(dtype=dtype) for dtype in dtypes})
+
+
+def test_constructions_that_cannot_read_their_own_examples_are_refused():
+    step, data = GradientDescent(1.0), hl.data.in_context_regression(d=2, n_points=5)
+    with refused(HooklensError, "n_ctx is at least n_points and a query, 6 tokens; got 3"):
+        construct_descent(step, 2, 5, n_ctx=3)
+    wide = PreconditionedStep(torch.eye(3))
+    for ask in (lambda: construct_descent(wide, 2, 5), lambda: expected_error(wide, data)):
+        with refused(HooklensError, "points of 3 coordinates, and these have 2"):
+            ask()
+    for dtype in (torch.int32, torch.complex64, "float32"):
+        with refused(HooklensError, "dtype is a floating-point"):
+            construct_descent(step, 2, 5, dtype=dtype)
+
+
+def test_gradients_in_inference_mode_failed_inside_torch():
+    data, step = hl.data.in_context_regression(d=2, n_points=5), GradientDescent(1.0)
+    model, prompts = construct_descent(step, 2, 5), draw_prompts(data, 3)
+    with torch.inference_mode():
+        for ask in (lambda: compare_learners(model, prompts, step), lambda: best_constant_steps(data, 5, 2, draws=9)):
+            with refused(HooklensError, r"inference_mode\(\) rules out"):
+                ask()

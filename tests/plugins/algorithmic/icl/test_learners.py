@@ -448,3 +448,81 @@ def test_prompts_with_numbers_that_are_not_finite_failed_inside_a_learner(bad):
 def test_prompts_print_their_sizes():
     prompts = draw_prompts(hl.data.in_context_regression(d=2, n_points=3), 5)
     assert repr(prompts) == "RegressionPrompts(5 prompts of 3 examples in 2 dimensions, a token for each example)"
+
+
+def test_moments_and_matrices_stay_as_they_were_given():
+    matrix = identity(2)
+    moments, step = normal_moments(matrix), PreconditionedStep(matrix)
+    matrix[0, 0] = 9
+    assert float(moments.covariance[0, 0]) == float(step.matrix[0, 0]) == 1
+
+
+@pytest.mark.parametrize("best", [best_step, best_preconditioner])
+@pytest.mark.parametrize("noise", [-1, True, "a"])
+def test_noise_is_a_number_of_at_least_0(best, noise):
+    with refused(HooklensError, "noise is a finite number of at least 0"):
+        best(uniform_moments(2), 3, noise=noise)
+
+
+def test_larger_eigenvalues_are_larger():
+    for bad in (-3.0, (0.5,)):
+        with refused(HooklensError, "larger is a finite number of at least 1"):
+            best_gd_plus_plus(REGRESSION, 3, 1, draws=9, larger=bad)
+
+
+def test_numbers_may_stand_alone_or_in_tensors():
+    assert GradientDescent(torch.tensor(1.0)) == GradientDescent(torch.tensor([1.0])) == GradientDescent(1.0)
+    assert best_step(uniform_moments(2), 3, probabilities=1.0).rate == best_step(uniform_moments(2), 3).rate
+    with refused(HooklensError, "such as LeastSquares.*got list"):
+        expected_error([LeastSquares()], REGRESSION)
+
+
+def test_a_shared_step_is_nowhere_better_than_the_best_one():
+    steps = [best_step(uniform_moments(d), k) for d in range(1, 6) for k in range(1, 20)]
+    assert min(min(float(step.excess.min()), step.mean_excess) for step in steps) == 0
+
+
+def test_without_noise_there_is_no_ridge():
+    gap = measure_depth_gap(REGRESSION, (1,), draws=20)
+    assert gap.ridge is None and "ridge" not in gap.headline() + gap.sentence
+
+
+@pytest.mark.parametrize("learner", [LeastSquares(), Ridge(0.5)], ids=["least squares", "ridge"])
+def test_learners_that_solve_also_do_in_16_bits(learner):
+    x, y = (part.half() for part in drawn(3, 6))
+    w = learner.weights(x, y)
+    assert w.dtype == torch.float16
+    torch.testing.assert_close(w.double(), learner.weights(x.double(), y.double()), atol=1e-2, rtol=1e-2)
+
+
+LEARNERS = [
+    Zero(),
+    Averaging(),
+    LeastSquares(),
+    Ridge(0.5),
+    GradientDescent(1.0),
+    GDPlusPlus(1.0, 1.0),
+    PreconditionedStep(identity(3)),
+]
+
+
+@pytest.mark.parametrize("learner", LEARNERS, ids=lambda learner: learner.title)
+def test_examples_that_do_not_fit_failed_inside_torch(learner):
+    x, y = drawn(3, 4)
+    for points, answers, says in (
+        (x, y[:, :2], r"need answers \[4, 4\]; got \[4, 2\]"),
+        (x.tolist(), y, "points are a tensor"),
+        (x, y.float(), "one dtype, got points torch.float64, answers torch.float32"),
+        (x * math.nan, y, "not finite"),
+        (x[:0], y[:0], r"at least one task.* got \[0, 4, 3\]"),
+    ):
+        with refused(HooklensError, says):
+            learner.weights(points, answers)
+    with refused(HooklensError, "draw_prompts"):
+        learner.predict(x)
+
+
+def test_prompts_of_no_task_failed_in_the_comparison():
+    none = torch.zeros(0, 3)
+    with refused(HooklensError, "at least one task"):
+        RegressionPrompts(torch.zeros(0, 4, 3), torch.zeros(0, 4), none, none[:, 0])

@@ -175,3 +175,9 @@ def test_the_task_of_a_run_is_that_it_was_trained_on(tmp_path):
     model = linear_model(embed=VectorEmbed(d_in=3), n_ctx=8)
     run = hl.train(model, data, steps=2, settings=settings, out=tmp_path / "run", show=False)
     assert hl.icl.task_of(tmp_path / "run").identity() == data.identity() == hl.icl.task_of(run).identity()
+
+
+def test_the_construction_does_not_read_interleaved_prompts():
+    prompts, step = draw_prompts(hl.data.in_context_regression(d=3, n_points=4, interleaved=True), 5), LeastSquares()
+    with refused(HooklensError, "x and y in one token"):
+        interpolate_weights(linear_model(), prompts, step)
