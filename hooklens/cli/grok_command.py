@@ -1,5 +1,6 @@
 """`hooklens grok`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -83,7 +84,9 @@ def grok(
     known = judge(
         {
             **checks,
-            "run": lambda: _check_source(run, model, options, trains=controls or runs is not None, device=device),
+            "run": lambda: _check_source(
+                run, model, options, {"--controls": controls, "--runs": runs, "--device": run and device}
+            ),
         }
     )
     if run is not None or model is not None:
@@ -108,10 +111,11 @@ def _sentences(studies: "list[GrokkingStudy]", as_json: bool) -> dict[str, str]:
     }
 
 
-def _check_source(
-    run: Path | None, model: Path | None, options: GrokOptions, *, trains: bool, device: str | None
-) -> None:
-    """Raise for options that say how to train where nothing is trained: they would have no effect."""
+def _check_source(run: Path | None, model: Path | None, options: GrokOptions, others: Mapping[str, Any]) -> None:
+    """Raise for options that say how to train where nothing is trained: they would have no effect.
+
+    `others` are further such options, each with its value.
+    """
     if run is not None and model is not None:
         raise InputError("--run has checkpoints of its own, so --model cannot be given too; give one of them")
     if run is None and model is None:
@@ -119,11 +123,10 @@ def _check_source(
     read = {"p"} if run is not None else {"p", "fraction", "seed", "fast"}
     changed = [field.name for field in fields(GrokOptions) if getattr(options, field.name) != field.default]
     unused = [f"--{name.replace('_', '-')}" for name in changed if name not in read]
-    unused += ["--device"] if run is not None and device is not None else []
-    if unused or trains:
-        given = ", ".join(unused) or "--runs or --controls"
+    unused += [name for name, value in others.items() if value]
+    if unused:
         source = "--run" if run is not None else "--model"
-        raise InputError(f"{source} trains nothing, so {given} would have no effect; leave them out")
+        raise InputError(f"{source} trains nothing, so {', '.join(unused)} would have no effect; leave them out")
 
 
 def _task_of(model: Path, options: GrokOptions) -> "Modular":
@@ -143,6 +146,11 @@ def _task_of(model: Path, options: GrokOptions) -> "Modular":
         asked = options.recipe(options.first_seed).data
         return modular_arithmetic(asked["p"], fraction=asked["fraction"], seed=asked["seed"])
     data = task_of(run)
+    if options.fast:
+        raise InputError(
+            f"--model {str(model)!r} lies in a run, which says on which pairs it was trained, so --fast would have no "
+            "effect; leave it out"
+        )
     for name in ("p", "fraction", "seed"):
         given, there = getattr(options, name), getattr(data, name)
         if given not in (None, there):
@@ -155,13 +163,17 @@ def _task_of(model: Path, options: GrokOptions) -> "Modular":
 
 def _analysed(run: Path | None, model: Path | None, options: GrokOptions, device: Any) -> "GrokkingStudy":
     """The study of a run that is there, or of one model."""
+    from hooklens.model.config import TokenEmbed
     from hooklens.plugins.algorithmic.fourier.progress_measures import task_of
     from hooklens.pretrained.loading import load
     from hooklens.studies.grokking_study import study_grokked_model, study_grokking
     from hooklens.training.training_run import open_run
 
     if model is not None:
-        return study_grokked_model(load(str(model), device=device), _task_of(model, options))
+        task, loaded = _task_of(model, options), load(str(model), device=device)
+        if not isinstance(loaded.cfg.embed, TokenEmbed):
+            raise InputError(f"--model needs a model of 'a b =', and {str(model)!r} reads vectors, not numbers")
+        return study_grokked_model(loaded, task)
     assert run is not None
     opened = open_run(run)
     trained_on = task_of(opened).p
@@ -173,10 +185,12 @@ def _analysed(run: Path | None, model: Path | None, options: GrokOptions, device
 def _trained(options: GrokOptions, runs: Path | None, *, controls: bool, device: Any) -> "list[GrokkingStudy]":
     """Train every seed, or go on with it, and study it."""
     from hooklens.cli import estimates
-    from hooklens.studies.grokking_runs import folder_name, grok, steps_taken
+    from hooklens.studies.grokking_runs import check_recipe, folder_name, grok, steps_taken
 
     recipes = [options.recipe(seed) for seed in range(options.first_seed, options.first_seed + options.seeds)]
     folders = [(runs or Path("grokking_runs")) / folder_name(recipe) for recipe in recipes]
+    for recipe, folder in zip(recipes, folders, strict=True):  # all of them before the first run is trained
+        check_recipe(folder / "run", recipe)
     new = sum(not (folder / "run" / "run.json").is_file() for folder in folders)
     if new:
         n_steps = recipes[0].training["steps"] * new * (3 if controls else 1)

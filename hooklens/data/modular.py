@@ -146,8 +146,7 @@ def modular_arithmetic(
 
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 3.
     """
-    whole("p", p, 2)
-    seed_number(seed)
+    p, seed = whole("p", p, 2), seed_number(seed)
     if operation not in list(SIGNS):  # a list compares what has no hash
         raise did_you_mean("operation", str(operation), SIGNS)
     return Modular(p, operation, check_fraction(fraction, p**2), seed, flag("shuffled", shuffled))

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hooklens.core.errors import InputError
+from hooklens.core.arguments import several
+from hooklens.core.errors import InputError, WrongType
 from hooklens.results.result import Table
 from hooklens.studies.grokking_study import PUBLISHED, GrokkingStudy, cell
 
@@ -42,7 +43,18 @@ _TERMS = {
 }
 
 
-def seeds_table(studies: Sequence[GrokkingStudy]) -> Table:
+def studies_of(studies: GrokkingStudy | Sequence[GrokkingStudy]) -> list[GrokkingStudy]:
+    """The studies that one page can hold, at least one and all of one p; a study alone is a list of one."""
+    listed = [studies] if isinstance(studies, GrokkingStudy) else list(several("studies", studies))
+    if not all(isinstance(study, GrokkingStudy) for study in listed):
+        raise WrongType(f"studies are those of study_grokking or study_grokked_model, got {studies!r:.80}")
+    if len({study.modulus for study in listed}) > 1:
+        moduli = sorted({study.modulus for study in listed})
+        raise InputError(f"one table or page holds studies of one p, and these are of {moduli}; make one for each")
+    return listed
+
+
+def seeds_table(studies: GrokkingStudy | Sequence[GrokkingStudy]) -> Table:
     """One column per study and one row per measure, beside the published numbers.
 
     >>> from hooklens.data.modular import modular_arithmetic
@@ -52,8 +64,7 @@ def seeds_table(studies: Sequence[GrokkingStudy]) -> Table:
     >>> seeds_table([study]).columns
     ('what', 'seed 0')
     """
-    if not studies:
-        raise InputError("a table of studies needs at least one")
+    studies = studies_of(studies)
     columns = [study.values() for study in studies]
     names = list(dict.fromkeys(name for column in columns for name in column))
     published = any(study.is_published_setting for study in studies)
@@ -86,12 +97,11 @@ def together(studies: Sequence[GrokkingStudy]) -> list[str]:
     return said
 
 
-def grokking_report(studies: Sequence[GrokkingStudy]) -> Any:
+def grokking_report(studies: GrokkingStudy | Sequence[GrokkingStudy]) -> Any:
     """The page of one or several studies of the same setting."""
     from hooklens.viz.report import Report
 
-    if not studies:
-        raise InputError("a report needs at least one study")
+    studies = studies_of(studies)
     first = studies[0]
     seeds = {"seed" if len(studies) == 1 else "seeds": ", ".join(str(study.seed) for study in studies)}
     report = Report(f"Grokking addition modulo {first.modulus}").text(_SETTING)

@@ -5,10 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hooklens.core.arguments import path_of
+from hooklens.core.arguments import flag, path_of
 from hooklens.core.errors import InputError
+from hooklens.data.modular import Modular
+from hooklens.plugins.algorithmic.fourier.pair_table import modulus_of
+from hooklens.plugins.algorithmic.fourier.weight_spectra import measure_fourier_spectrum
 from hooklens.plugins.algorithmic.grokking.grokking_step import find_grokking
-from hooklens.plugins.algorithmic.grokking.modular_recipes import RATE, control_recipes
+from hooklens.plugins.algorithmic.grokking.modular_recipes import RATE, check_table_size, control_recipes
+from hooklens.pretrained.loading import computing_device
 from hooklens.studies.grokking_study import GrokkingStudy, study_grokking
 from hooklens.training.loop import train
 from hooklens.training.run_folder import RECIPE, RunFolder
@@ -27,7 +31,7 @@ def train_recipe(recipe: Recipe, out: str | os.PathLike, *, device: Any = None, 
     >>> train_recipe(recipe, tempfile.mkdtemp() + "/run").steps_done
     2
     """
-    folder = RunFolder(path_of(out, "out"))
+    folder, device = RunFolder(path_of(out, "out")), computing_device(device)
     check_recipe(folder.path, recipe)
     data = recipe.load_data()
     model = recipe.load_model(data, device=device)
@@ -51,12 +55,13 @@ def check_recipe(folder: Path, recipe: Recipe) -> None:
             "asked for; give that p, or another folder"
         )
     asked, taken = recipe.training["steps"], kept.training["steps"]
-    if asked < taken and not kept.changed(training={"steps": asked}).differences(recipe):
+    begun = RunFolder(folder).exists  # one that was stopped before its first step may also become shorter
+    if asked < taken and begun and not kept.changed(training={"steps": asked}).differences(recipe):
         raise InputError(
             f"the run in {str(folder)!r} was begun for {taken:,} steps, and {asked:,} are asked for; ask for "
             f"{taken:,} or more, or analyse the run as it is"
         )
-    more = {"steps": max(recipe.training["steps"], kept.training["steps"])}
+    more = {"steps": max(asked, taken) if begun else asked}
     if differences := kept.changed(training=more).differences(recipe):
         raise InputError(
             f"the run in {str(folder)!r} has other settings: {'; '.join(differences[:3])}; give these, or "
@@ -99,12 +104,33 @@ def grok(
     many steps as it did.
     """
     folder = path_of(out, "out")
+    flag("controls", controls)
+    check_studied(recipe)
     run = train_recipe(recipe, folder / "run", device=device, show=show)
     trained = {}
     if controls and find_grokking(run).grokked:
         for name, control in control_of(recipe, run.steps_done):
             trained[name] = train_recipe(control, folder / name.replace(" ", "_"), device=device, show=show)
     return study_grokking(run, controls=trained)
+
+
+def check_studied(recipe: Recipe) -> None:
+    """Raise for a recipe whose run could be trained and not studied.
+
+    >>> check_studied(Recipe({"task": "modular_arithmetic", "p": 7, "operation": "x"}))
+    Traceback (most recent call last):
+    ...
+    hooklens.core.errors.InputError: the Fourier analysis here is that of a + b, and this task is a x b; ...
+    """
+    data = recipe.load_data()
+    if not isinstance(data, Modular):
+        raise InputError(f"grokking is studied on modular_arithmetic, and this recipe's task is {recipe.data['task']}")
+    modulus_of(data)
+    check_table_size(data.p, data.fraction)
+    model = recipe.load_model(data)
+    if model.cfg.attn_only:
+        raise InputError("the study reads neurons, and the model of this recipe has none (attn_only); give it MLPs")
+    measure_fourier_spectrum(model, data)
 
 
 def folder_name(recipe: Recipe) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hooklens.core.errors import InputError, WrongType
+from hooklens.core.errors import InputError, WrongType, did_you_mean
 from hooklens.data.modular import Modular, modular_arithmetic
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.algorithmic.cost_table import CostTable, MeasuredModel, compare_costs
@@ -36,18 +36,21 @@ from hooklens.plugins.algorithmic.fourier.progress_measures import (
 from hooklens.plugins.algorithmic.fourier.sum_directions import SumDirections, read_sum_directions
 from hooklens.plugins.algorithmic.fourier.weight_spectra import FourierSpectrum, measure_fourier_spectrum
 from hooklens.plugins.algorithmic.grokking.grokking_step import GrokkingStep, find_grokking
-from hooklens.plugins.algorithmic.grokking.modular_recipes import check_table_size
+from hooklens.plugins.algorithmic.grokking.modular_recipes import check_table_size, weight_decay_of, without_decay
 from hooklens.plugins.algorithmic.grokking.norm_drop import (
+    CONTROLS,
     GROKKING,
+    NO_DECAY,
     NormDrops,
     compare_norm_drops,
     squared_weights,
 )
 from hooklens.plugins.algorithmic.grokking.phases import Phases, find_phases
 from hooklens.plugins.algorithmic.grokking.table_regions import TableRegions, measure_regions
+from hooklens.plugins.algorithmic.task_of_run import kept_checkpoints
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
-from hooklens.training.run_folder import RunFolder
+from hooklens.training.run_folder import differences
 from hooklens.training.training_run import Run, open_run
 from hooklens.training.training_settings import Settings
 
@@ -58,6 +61,7 @@ _TERMS = {
 }
 _ANSWERS = 0.9  # of the unseen pairs: below, a circuit does not solve the task
 _FAR_BELOW = 0.25  # of the loss on all pairs
+_COMPARED = ("data", "config", "optimizer", "schedule", "loss", "batch", "clip", "precision")  # of run and control
 _PATCHED = 8  # pairs of which every neuron is patched
 _BETWEEN = 3  # checkpoints between memorisation and generalisation, below which there are no phases
 #: Of the paper's run: p = 113, 30 % of the pairs, weight decay 1, one seed, 40,000 steps.
@@ -229,12 +233,10 @@ def study_grokking(run: Run | str | os.PathLike, *, controls: Mapping[str, Run] 
             f"controls are runs by name, such as {{'weight decay 0': hl.open_run(...)}}; got {controls!r:.60}"
         )
     data = task_of(run)
+    for name, control in given.items():
+        check_control(name, control, run)
     check_table_size(data.p, data.fraction)
-    kept = run.checkpoints()
-    if not kept:
-        begun = RunFolder(run.path).is_being_written() or not run.steps_done
-        what = "wait for its first steps" if begun else "they were removed; train again in another folder"
-        raise InputError(f"the run in {str(run.path)!r} has no checkpoint: {what}")
+    kept = kept_checkpoints(run)
     grokking, model = find_grokking(run), kept[-1].load()
     circuit = read_circuit(model, data)
     progress = measure_progress(run, frequencies=circuit.frequencies) if circuit.frequencies else None
@@ -250,7 +252,7 @@ def study_grokking(run: Run | str | os.PathLike, *, controls: Mapping[str, Run] 
         modulus=data.p,
         seed=data.seed,
         fraction=data.fraction,
-        weight_decay=_weight_decay(run.identity["settings"]["optimizer"]),
+        weight_decay=weight_decay_of(run.identity["settings"]["optimizer"]),
         n_steps=run.steps_done,
         setting=f"{_model_in_words(model)}; {_training_in_words(run)}",
         circuit_step=kept[-1].step,
@@ -322,6 +324,28 @@ def read_circuit(model: HookedTransformer, data: Modular) -> CircuitReadings:
     )
 
 
+def check_control(name: str, control: Run, run: Run) -> None:
+    """Raise unless a run is what its name says: the same data, model and rule, without weight decay or shuffled."""
+    if name not in CONTROLS:
+        raise did_you_mean("control", name, CONTROLS)
+    wanted, seen = _setting(run), _setting(control)
+    if name == NO_DECAY:
+        wanted["optimizer"] = without_decay(wanted["optimizer"])
+    else:
+        wanted["data"] = wanted["data"] | {"shuffled": True}
+    if unlike := list(differences(wanted, seen, words="{0} is {2} and not {1}")):
+        raise InputError(
+            f"the run in {str(control.path)!r} is not the control {name!r} of this run: {'; '.join(unlike[:3])}; train "
+            "those of control_recipes(recipe), as hl.studies.grok(recipe, out) does"
+        )
+
+
+def _setting(run: Run) -> dict[str, Any]:
+    """What a run and its control have in common, but for what the control is about."""
+    every = run.identity | run.identity["settings"]
+    return {name: every[name] for name in _COMPARED}
+
+
 def largest_control(norms: NormDrops) -> float | None:
     """The largest drop of a control; None without one."""
     drops = [drop for kind, drop in zip(norms.kinds, norms.drop.tolist(), strict=True) if kind != GROKKING]
@@ -374,11 +398,6 @@ def _model_in_words(model: HookedTransformer) -> str:
 def _training_in_words(run: Run) -> str:
     settings = Settings.from_json(run.identity["settings"])
     return f"{settings.optimizer}, warm-up {settings.schedule.warmup} steps, at most {run.identity['steps']:,} steps"
-
-
-def _weight_decay(optimizer: Mapping[str, Any]) -> float:
-    inner = optimizer.get("inner")
-    return float(optimizer.get("weight_decay", 0.0)) if inner is None else _weight_decay(inner)
 
 
 def _circuit_sentence(circuit: CircuitReadings) -> str:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.arguments import path_of, real, seeded, several, whole
-from hooklens.core.errors import InputError, did_you_mean
+from hooklens.core.arguments import path_of, real, seed_number, seeded, several
+from hooklens.core.errors import ArgumentError, InputError, did_you_mean
 from hooklens.core.progress_bar import progress
 from hooklens.plugins.algorithmic.fourier.frequency_sets import find_smallest_set
 from hooklens.plugins.algorithmic.fourier.key_frequencies import find_key_frequencies
@@ -18,11 +18,13 @@ from hooklens.plugins.algorithmic.fourier.pair_table import run_pairs
 from hooklens.plugins.algorithmic.fourier.progress_measures import task_of
 from hooklens.plugins.algorithmic.fourier.weight_spectra import measure_fourier_spectrum
 from hooklens.plugins.algorithmic.grokking.grokking_step import find_grokking
-from hooklens.plugins.algorithmic.grokking.modular_recipes import fast_recipe
+from hooklens.plugins.algorithmic.grokking.modular_recipes import fast_recipe, weight_decay_of
+from hooklens.plugins.algorithmic.task_of_run import kept_checkpoints
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import null_p
-from hooklens.studies.grokking_runs import folder_name, train_recipe
-from hooklens.training.training_run import Run
+from hooklens.studies.grokking_runs import check_recipe, folder_name, train_recipe
+from hooklens.training.run_folder import plain_json
+from hooklens.training.training_run import Run, open_run
 
 MEASURES = ("key frequencies", "Gini of W_E", "smallest set", "squared weights")
 P, FRACTION, STEPS = 31, 0.5, 7_000  # so that 25 runs end within half an hour on 2 cores
@@ -50,7 +52,7 @@ class Parsimony(Result):
 
     modulus: int
     weight_decay: Float[Tensor, "run"]
-    seeds: Int[Tensor, "run"]
+    seeds: list[int]
     verdicts: list[str]
     generalised_at: list[int | None]
     held_out_accuracy: Float[Tensor, "run"]
@@ -79,7 +81,7 @@ class Parsimony(Result):
         said = [f"{n} of {len(self.verdicts)} runs modulo {self.modulus} grokked."]
         others = [
             f"weight decay {decay:g}, seed {seed} ({verdict})"
-            for decay, seed, verdict in zip(self.weight_decay.tolist(), self.seeds.tolist(), self.verdicts, strict=True)
+            for decay, seed, verdict in zip(self.weight_decay.tolist(), self.seeds, self.verdicts, strict=True)
             if verdict != "grokked"
         ]
         if others:
@@ -92,7 +94,10 @@ class Parsimony(Result):
 
     def _of_circuits(self, measure: str) -> Float[Tensor, "run"]:
         """A measure, NaN where a run did not generalise."""
-        at = torch.tensor([torch.nan if step is None else step for step in self.generalised_at], dtype=torch.float64)
+        at = torch.full((len(self.generalised_at),), torch.nan, dtype=torch.float64)
+        for i, step in enumerate(self.generalised_at):
+            if step is not None:
+                at[i] = step
         if measure == "generalised at":
             return at
         if measure not in MEASURES:
@@ -101,20 +106,15 @@ class Parsimony(Result):
 
     def table(self, n: int | None = None) -> Table:
         """One row per run."""
-        rows = [
-            (decay, seed, verdict, at, accuracy, *values)
-            for decay, seed, verdict, at, accuracy, values in zip(
-                self.weight_decay.tolist(),
-                self.seeds.tolist(),
-                self.verdicts,
-                self.generalised_at,
-                self.held_out_accuracy.tolist(),
-                self.measures.tolist(),
-                strict=True,
-            )
-        ]
-        columns = ("weight decay", "seed", "verdict", "generalised at", "held-out accuracy", *MEASURES)
-        return Table(columns, rows).head(n)
+        columns = {
+            "weight decay": self.weight_decay.tolist(),
+            "seed": self.seeds,
+            "verdict": self.verdicts,
+            "generalised at": self.generalised_at,
+            "held-out accuracy": self.held_out_accuracy.tolist(),
+        }
+        columns |= dict(zip(MEASURES, self.measures.T.tolist(), strict=True))
+        return Table(tuple(columns), list(zip(*columns.values(), strict=True))).head(n)
 
     def figure(self) -> Any:
         """Every measure against weight decay, a point for each run that generalised."""
@@ -125,7 +125,7 @@ class Parsimony(Result):
         for measure in MEASURES:
             values = self._of_circuits(measure)
             known = ~values.isnan()
-            labels = [f"seed {seed}" for seed in self.seeds[known].tolist()]
+            labels = [f"seed {seed}" for seed, drawn_too in zip(self.seeds, known.tolist(), strict=True) if drawn_too]
             figure = scatter(self.weight_decay[known], values[known], labels, title=measure, x_title="weight decay")
             drawn.append(figure.update_xaxes(type="log"))
         return panels(drawn)
@@ -156,45 +156,55 @@ def sweep_parsimony(
     """
     folder = path_of(out, "out")
     decays = [real("weight_decays", decay, 0.0) for decay in several("weight_decays", weight_decays)]
-    numbers = [whole("seeds", seed) for seed in several("seeds", seeds)]
+    numbers = [seed_number(seed) for seed in several("seeds", seeds)]
+    for name, values in (("weight_decays", decays), ("seeds", numbers)):
+        if len(set(values)) < len(values):
+            raise ArgumentError("{" + name + "} holds a value twice, whose runs would count twice: {0}", values)
     recipes = [
         fast_recipe(p, fraction=fraction, weight_decay=decay, seed=seed, steps=steps, solved_for=None)
         for decay in decays
         for seed in numbers
     ]
+    folders = {folder / folder_name(recipe): recipe.changed(training={"checkpoints": 2}) for recipe in recipes}
+    for path, recipe in folders.items():  # all of them before the first run is trained
+        check_recipe(path, recipe)
     runs = []
-    with progress("parsimony", len(recipes), unit="runs") as advance:
-        for recipe in recipes:
-            short = recipe.changed(training={"checkpoints": 2})
-            runs.append(train_recipe(short, folder / folder_name(short), device=device))
+    with progress("parsimony", len(folders), unit="runs") as advance:
+        for path, recipe in folders.items():
+            runs.append(train_recipe(recipe, path, device=device))
             advance(1)
     return compare_parsimony(runs)
 
 
-def compare_parsimony(runs: Sequence[Run]) -> Parsimony:
+def compare_parsimony(runs: Sequence[Run | str | os.PathLike]) -> Parsimony:
     """How parsimonious is the circuit of each of these runs on one table, by their weight decay?"""
-    if not runs:
-        raise InputError("a comparison of runs needs at least one")
-    tasks = [task_of(run) for run in runs]
+    if not isinstance(runs, Sequence) or isinstance(runs, str) or not runs:
+        raise InputError(f"a comparison needs a list of at least one run, or folder of one; got {runs!r:.60}")
+    opened = [run if isinstance(run, Run) else open_run(run) for run in runs]
+    identities = [plain_json(run.identity) for run in opened]
+    if len(set(identities)) < len(identities):
+        twice = next(str(run.path) for i, run in enumerate(opened) if identities[i] in identities[:i])
+        raise InputError(f"each run counts once, and that in {twice!r} is the same as one before it; leave it out")
+    tasks = [task_of(run) for run in opened]
     if len({task.p for task in tasks}) > 1:
         raise InputError(f"these runs were trained on several p: {sorted({task.p for task in tasks})}; compare one")
-    found_in = [find_grokking(run) for run in runs]
+    found_in = [find_grokking(run) for run in opened]
     return Parsimony(
         modulus=tasks[0].p,
         weight_decay=torch.tensor(
-            [run.identity["settings"]["optimizer"]["weight_decay"] for run in runs], dtype=torch.float64
+            [weight_decay_of(run.identity["settings"]["optimizer"]) for run in opened], dtype=torch.float64
         ),
-        seeds=torch.tensor([task.seed for task in tasks]),
+        seeds=[task.seed for task in tasks],
         verdicts=[step.verdict for step in found_in],
         generalised_at=[step.generalised_at for step in found_in],
         held_out_accuracy=torch.stack([step.held_out_accuracy[-1] for step in found_in]),
-        measures=torch.stack([_measures(run) for run in runs]),
+        measures=torch.stack([_measures(run) for run in opened]),
     )
 
 
 def _measures(run: Run) -> Float[Tensor, "measure"]:
     """The measures of the last model; NaN for one that does not generalise."""
-    data, model = task_of(run), run.checkpoints()[-1].load()
+    data, model = task_of(run), kept_checkpoints(run)[-1].load()
     squares = sum(float(weight.detach().double().square().sum()) for weight in model.parameters())
     if find_grokking(run).generalised_at is None:
         return torch.tensor([torch.nan, torch.nan, torch.nan, squares], dtype=torch.float64)

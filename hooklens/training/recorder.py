@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hooklens.core.errors import FileRefused, InputError
-from hooklens.training.row_file import RowFile, Rows, read_rows
+from hooklens.training.row_file import RowFile, Rows, lost_rows, read_rows
 from hooklens.training.run_folder import RunFolder
 from hooklens.training.snapshots import Snapshots, SnapshotTaker
 from hooklens.training.tensorboard_log import TensorBoardLog
@@ -142,7 +142,8 @@ def recorded_evaluations(folder: Path) -> Rows:
 
 
 def _recorded(path: Path) -> Rows:
-    """The rows of a file; a run that has just begun may not have written its first line."""
+    """The rows of a file, none lost; a run that has just begun may not have written its first line."""
+    needed = RunFolder(path.parent).rows_of_state().get(path.name, 0)  # first: rows are written before a state
     if not path.is_file() or not path.stat().st_size:
         folder = RunFolder(path.parent)
         if any(folder.checkpoint_steps()) and not folder.is_being_written():
@@ -151,7 +152,10 @@ def _recorded(path: Path) -> Rows:
                 "removed or emptied, or the run killed as it began; put the file back, or train it again"
             )
         raise InputError(f"the run in {str(path.parent)!r} has no {path.name} yet; wait for its first steps")
-    return read_rows(path)
+    rows = read_rows(path)
+    if len(rows.steps) < needed:
+        raise lost_rows(path, len(rows.steps), needed)
+    return rows
 
 
 def recorded_snapshots(folder: Path) -> Snapshots:

@@ -63,10 +63,7 @@ class RowFile:
         resumes = keep > 0 and path.exists()
         self.n_rows = _rows_before(path, keep, begin) if resumes else 0
         if self.n_rows < at_least:
-            raise FileRefused(
-                f"{path} lacks intact rows of steps that the run has taken ({self.n_rows:,} of {at_least:,}); restore "
-                "the file, or remove the folder and begin again"
-            )
+            raise lost_rows(path, self.n_rows, at_least)
         with _writing(path):
             self._file = open(path, "r+b" if resumes else "wb")  # noqa: SIM115  # closed by close()
             try:
@@ -108,6 +105,14 @@ class RowFile:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def lost_rows(path: Path, seen: int, needed: int) -> FileRefused:
+    """The error for a file with fewer rows than were written before the state of the run."""
+    return FileRefused(
+        f"{path} lacks intact rows of steps that the run has taken ({seen:,} of {needed:,}); restore the file, or "
+        "remove the folder and begin again"
+    )
 
 
 def read_rows(path: Path) -> Rows:

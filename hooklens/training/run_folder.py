@@ -62,11 +62,10 @@ class RunFolder:
         more_steps = now["steps"] > before["steps"]
         if more_steps and why_not_extended is None:
             before = before | {"steps": now["steps"]}
-        differences = list(_differences(before, now))
-        if differences:
+        if unlike := list(differences(before, now)):
             why = f" ({why_not_extended})" if more_steps and why_not_extended is not None else ""
             raise InputError(
-                f"{str(self.path)!r} holds another run: {'; '.join(differences[:3])}{why}; give another folder for "
+                f"{str(self.path)!r} holds another run: {'; '.join(unlike[:3])}{why}; give another folder for "
                 "out=, or train with what that run began with"
             )
 
@@ -159,6 +158,14 @@ class RunFolder:
         except FileRefused as error:
             raise FileRefused(f"{error}; or remove it, and {_AGAIN}") from error
 
+    def rows_of_state(self) -> dict[str, int]:
+        """How many rows each file had when the state was written; unknown without an intact state."""
+        path = self.path / "state.safetensors"
+        try:
+            return read_envelope(path, STATE).content.get("rows", {}) if path.is_file() else {}
+        except FileRefused:
+            return {}
+
     def foreign_state(self) -> FileRefused:
         """The error for an intact state that belongs to another run."""
         path = str(self.path / "state.safetensors")
@@ -207,15 +214,19 @@ def _number(value: Any) -> Any:
     raise WrongType(f"identity() of the data returns plain numbers and texts, in lists and dicts; got {value!r:.80}")
 
 
-def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """Where two nested dicts of plain values differ, in words."""
+def differences(before: Any, now: Any, name: str = "", *, words: str = "{0} was {1} and is {2}") -> Iterator[str]:
+    """Where two nested dicts of plain values differ, in words.
+
+    >>> list(differences({"p": 5, "seed": 0}, {"p": 7, "seed": 0}))
+    ['p was 5 and is 7']
+    """
     if isinstance(before, dict) and isinstance(now, dict):
         for key in {**before, **now}:
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+            yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key, words=words)
         return
     if before == now:
         return
     if name in _DIGESTS and before is not None and now is not None:
         yield _DIGESTS[name]
     else:
-        yield f"{name} was {before!r:.60} and is {now!r:.60}"
+        yield words.format(name, f"{before!r:.60}", f"{now!r:.60}")

@@ -8,6 +8,7 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import hooklens.data as tasks
@@ -258,4 +259,6 @@ def _value(value: Any) -> str:
         return f"[{', '.join(_value(item) for item in value)}]"
     if isinstance(value, bool | str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return repr(value)
+    if not isinstance(value, Real):
+        raise WrongType(f"the settings of a run are plain numbers, texts, lists and tables; got {value!r:.80}")
+    return repr(int(value) if isinstance(value, Integral) else float(value))  # those of numpy print their type

@@ -1,11 +1,15 @@
 """`hooklens grok`: a small run, resumed; runs and models that are there; settings that are refused."""
 
 import json
+import shutil
 
 import pytest
 from test_cli import invoke
 
+import hooklens as hl
 from hooklens import cli
+from hooklens.model.config import VectorEmbed
+from hooklens.testing import tiny_model
 
 SMALL = ["--p", 5, "--fraction", 0.6, "--steps", 3]
 
@@ -56,6 +60,8 @@ def test_the_same_command_goes_on_and_the_run_and_its_model_are_analysed(made, t
     assert elsewhere.exit_code == 0 and findings(elsewhere) == findings(alone)
     seeded = invoke("grok", "--model", model, "--seed", 3, "--out", tmp_path / "d.html")
     assert seeded.exit_code == cli.BAD_INPUT and "trained on seed = 0, and --seed 3 is asked for" in seeded.stderr
+    small = invoke("grok", "--model", model, "--fast", "--out", tmp_path / "d.html")
+    assert small.exit_code == cli.BAD_INPUT and "so --fast would have no effect" in small.stderr.replace("\n", " ")
     above = invoke("grok", "--run", folder / "runs" / "p5_fraction0.6_decay1_seed0", "--out", tmp_path / "d.html")
     assert above.exit_code == cli.BAD_INPUT and f"such as {str(run)!r}" in above.stderr.replace("\n", "")
     assert "\nfinding 1: " in alone.stdout and "\nfinding 2: " in alone.stdout
@@ -82,7 +88,8 @@ def test_the_same_command_goes_on_and_the_run_and_its_model_are_analysed(made, t
         (["--run", "r", "--device", "cpu"], "--run trains nothing, so --device would have no effect"),
         (["--p", 1009], "--p is at most 997 here, got 1009"),
         (["--seed", 2**32 - 1, "--seeds", 2], "--seeds count from --seed 4294967295 up to 2**32 - 1; got 2"),
-        (["--run", "r", "--controls"], "--run trains nothing, so --runs or --controls would have no effect"),
+        (["--run", "r", "--controls"], "--run trains nothing, so --controls would have no effect"),
+        (["--run", "r", "--fast", "--controls", "--runs", "z"], "nothing, so --fast, --controls, --runs would have no"),
         (["--device", "toaster"], "toaster"),
         (["--device", "meta"], "holds shapes and no numbers"),
         (["--weight-decay", "1e30"], "--weight-decay is below 1000 at the rate 0.001, got 1e+30"),
@@ -102,3 +109,20 @@ def test_settings_are_refused_before_anything_is_written(options, says, tmp_path
 def test_help_has_an_example():
     done = invoke("grok", "--help")
     assert done.exit_code == 0 and "hooklens grok --fast" in done.output
+
+
+def test_a_model_that_reads_vectors_was_told_what_to_call_in_python(tmp_path):
+    vectors = tiny_model(embed=VectorEmbed(3), d_vocab=1, d_vocab_out=1)
+    hl.save(vectors, tmp_path / "model.safetensors")
+    done = invoke(
+        "grok", "--model", tmp_path / "model.safetensors", *SMALL[:4], "--seed", 0, "--out", tmp_path / "p.html"
+    )
+    assert done.exit_code == cli.BAD_INPUT and "--model needs a model of 'a b ='" in done.stderr.replace("\n", " ")
+
+
+def test_the_folders_of_all_seeds_are_looked_at_before_the_first_is_trained(made, tmp_path):
+    kept = tmp_path / "runs" / "p5_fraction0.6_decay1_seed1" / "run"
+    shutil.copytree(made[0] / "runs" / "p5_fraction0.6_decay1_seed0" / "run", kept)
+    done = invoke("grok", *SMALL, "--seeds", 2, "--runs", tmp_path / "runs", "--out", tmp_path / "p.html")
+    assert done.exit_code == cli.BAD_INPUT and "has other settings: data.seed was 0 and is 1" in done.stderr
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["p5_fraction0.6_decay1_seed1"]

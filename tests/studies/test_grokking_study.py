@@ -5,11 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from refused import refused
 
 import hooklens as hl
 from hooklens.core.errors import HooklensError
 from hooklens.plugins.algorithmic.fourier.frequency_ablation import FrequencyAblation
+from hooklens.plugins.algorithmic.fourier.neuron_patching import NeuronPatching
+from hooklens.plugins.algorithmic.fourier.progress_measures import measure_progress
 from hooklens.plugins.algorithmic.grokking import GrokkingStep, fast_recipe, find_grokking, grokking_recipe
 from hooklens.plugins.algorithmic.grokking.norm_drop import GROKKING, NO_DECAY, SHUFFLED, compare_norm_drops
 from hooklens.plugins.algorithmic.grokking.phases import Phases
@@ -17,9 +20,15 @@ from hooklens.plugins.algorithmic.icl import GradientDescent, construct_descent
 from hooklens.results.result import Result
 from hooklens.studies.grokking_page import grokking_report, seeds_table, together
 from hooklens.studies.grokking_runs import control_of, folder_name, grok, train_recipe
-from hooklens.studies.grokking_study import GrokkingStudy, study_grokked_model, study_grokking
+from hooklens.studies.grokking_study import (
+    GrokkingStudy,
+    check_control,
+    read_circuit,
+    study_grokked_model,
+    study_grokking,
+)
 from hooklens.studies.icl_study import study_in_context
-from hooklens.studies.parsimony_study import MEASURES, Parsimony, compare_parsimony
+from hooklens.studies.parsimony_study import MEASURES, Parsimony, compare_parsimony, sweep_parsimony
 from hooklens.testing import tiny_model
 from hooklens.training.run_folder import RunFolder
 from hooklens.training.run_recipe import Recipe
@@ -110,6 +119,15 @@ def test_controls_are_compared_over_the_rise_of_the_run(folder, monkeypatch):
     assert (study.norms.start, study.norms.stop) == (50, 60)
     assert study.values()["largest drop of a control"] == max(study.norms.drop[1:].tolist())
     assert study.norms.statement in study.findings()
+    assert study.phases is None  # planted steps, and a run without key frequencies
+    swapped = dict(zip(controls, reversed(controls.values()), strict=True))
+    for given, says in (
+        (swapped, r"optimizer.weight_decay is 1.0 and not 0.0"),
+        ({SHUFFLED: run}, r"not the control 'shuffled answers' of this run: data.shuffled is None and not True"),
+        ({GROKKING: controls[NO_DECAY]}, "no control named 'grokking run'"),
+    ):
+        with refused(HooklensError, says):
+            study_grokking(run, controls=given)
 
 
 def test_what_is_not_there_is_said_with_its_reason(study, folder):
@@ -213,6 +231,9 @@ def test_the_page_holds_every_seed_and_its_numbers(study, tmp_path):
     assert together([study]) == [] and together([study, other])[0] == "0 of 2 seeds grokked."
     with refused(HooklensError, "at least one"):
         grokking_report([])
+    with refused(HooklensError, r"holds studies of one p, and these are of \[5, 7\]"):
+        grokking_report([study, replace(study, modulus=5)])
+    assert seeds_table(study).columns == ("what", "seed 0")  # one alone
 
 
 def test_a_study_is_saved_and_read(study, tmp_path):
@@ -235,7 +256,7 @@ def planted(decays, values):
     return Parsimony(
         modulus=31,
         weight_decay=torch.tensor(decays),
-        seeds=torch.arange(n),
+        seeds=list(range(n)),
         verdicts=["grokked" if done else "did not grok: memorised, not generalised by the end" for done in solved],
         generalised_at=[100 if done else None for done in solved],
         held_out_accuracy=torch.tensor([1.0 if done else 0.9 for done in solved]),
@@ -271,7 +292,11 @@ def test_runs_of_several_tables_are_not_one_sweep(folder):
     other = train_recipe(small(2, p=5), folder / "five", show=False)
     with refused(HooklensError, r"trained on several p: \[5, 7\]"):
         compare_parsimony([first, other])
-    assert compare_parsimony([first]).verdicts == [study_grokking(first).grokking.verdict]
+    assert compare_parsimony([first.path]).verdicts == [study_grokking(first).grokking.verdict]
+    with refused(HooklensError, "each run counts once"):
+        compare_parsimony([first, hl.open_run(first.path)])
+    with refused(HooklensError, "a list of at least one run"):
+        compare_parsimony(first)
 
 
 def test_curves_that_end_before_the_window_are_refused():
@@ -328,3 +353,102 @@ def test_a_process_that_writes_a_run_keeps_its_settings(tmp_path):
     with folder.writing(), refused(HooklensError, "is being written by process"):
         train_recipe(small(20), tmp_path / "run", show=False)
     assert not (tmp_path / "run" / "settings.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"weight_decays": [1.0, 1.0]}, "weight_decays holds a value twice"),
+        ({"seeds": [0, 0]}, "seeds holds a value twice"),
+        ({"seeds": [0, 2**70]}, "seed is a whole number from"),
+        ({"device": "gpu"}, "'gpu' is not a device"),
+    ],
+)
+def test_a_sweep_that_cannot_end_does_not_begin(options, says, tmp_path):
+    sizes = {"weight_decays": [1.0], "seeds": [0], "p": 5, "fraction": 0.6, "steps": 2}
+    with refused(HooklensError, says):
+        sweep_parsimony(tmp_path, **sizes | options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_looks_at_all_folders_first_and_takes_every_seed(tmp_path):
+    sizes = {"p": 5, "fraction": 0.6, "steps": 2}
+    sweep = sweep_parsimony(tmp_path, weight_decays=[1.0], seeds=[2**63], **sizes)
+    sweep.save(tmp_path / "sweep")
+    assert sweep.seeds == [2**63] == Result.load(tmp_path / "sweep").seeds
+    (kept,) = tmp_path.glob("p5_*")
+    kept.rename(tmp_path / folder_name(fast_recipe(5, fraction=0.6, weight_decay=2.0)))
+    with refused(HooklensError, "has other settings"):
+        sweep_parsimony(tmp_path, weight_decays=[1.0, 2.0], seeds=[0], **sizes)
+    assert len(list(tmp_path.glob("p5_*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": {"attn_only": True}}, "the model of this recipe has none"),
+        ({"data": {"shuffled": True}}, "the answers of this control are shuffled"),
+        ({"data": {"operation": "x"}}, "this task is a x b"),
+    ],
+)
+def test_a_recipe_that_cannot_be_studied_is_not_trained(changes, says, tmp_path):
+    with refused(HooklensError, says):
+        grok(grokking_recipe(5, fraction=0.6, steps=2).changed(**changes), tmp_path, show=False)
+    with refused(HooklensError, "controls is True or False, got 'no'"):
+        grok(small(2), tmp_path, controls="no")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_was_stopped_before_its_first_step_may_become_shorter(tmp_path):
+    (tmp_path / "run").mkdir()
+    small(20).save(tmp_path / "run" / "settings.toml")
+    assert train_recipe(small(2), tmp_path / "run", show=False).steps_done == 2
+
+
+def test_the_decay_of_a_wrapped_rule_is_that_of_the_rule_inside(tmp_path):
+    wrapped = {"part": "grokfast", "inner": {"part": "adamw", "weight_decay": 0.5}}
+    try:
+        recipe = grokking_recipe(5, fraction=0.6, steps=2).changed(training={"optimizer": wrapped})
+    except TypeCheckError:
+        pytest.skip("executed annotations ask for the inner rule, and not for its table")
+    run = train_recipe(recipe, tmp_path / "run", show=False)
+    assert compare_parsimony([run]).weight_decay.tolist() == [0.5]
+    for name, control in control_of(recipe, 2):
+        check_control(name, train_recipe(control, tmp_path / name, show=False), run)
+
+
+def test_phases_are_read_only_with_checkpoints_between(folder, monkeypatch):
+    """With none between memorisation and generalisation the phases were those of the checkpoints."""
+    run = hl.open_run(folder / "first" / "run")
+    steps = torch.arange(0, 101, 10)
+    kept, progress = [one.step for one in run.checkpoints()], measure_progress(run, frequencies=[1])
+    monkeypatch.setattr("hooklens.studies.grokking_study.read_circuit", lambda model, data: with_keys(model, data))
+    monkeypatch.setattr("hooklens.studies.grokking_study.measure_progress", lambda run, frequencies: progress)
+    said = {}
+    for memorised in (0, 40):  # checkpoints after 0, 1, 3, 10, 32 and 100 steps
+        train, held_out = ((steps >= step).float() for step in (memorised, 90))
+        found = GrokkingStep.of_curves(steps, train, steps, held_out)
+        monkeypatch.setattr("hooklens.studies.grokking_study.find_grokking", lambda run, found=found: found)
+        study = study_grokking(run)
+        said[memorised] = study.phases is None, any("Phases are not read" in line for line in study.findings())
+    assert said == {0: (False, False), 40: (True, True)}, kept
+
+
+def with_keys(model, data):
+    """The circuit of a model, with frequency 1 for a key one."""
+    circuit = read_circuit(model, data)
+    keys = replace(circuit.keys, by_rule=circuit.keys.by_rule | {"neurons": [1]})
+    return replace(circuit, keys=keys, restricted=1.0, excluded=1.0)
+
+
+def test_one_model_has_no_norm_and_effects_that_add_up_are_said_to(study):
+    alone = study_grokked_model(tiny_model(d_vocab=8), hl.data.modular_arithmetic(7, fraction=0.5))
+    assert not [name for name in alone.values() if "norm" in name or "control" in name]
+    sizes = {"modulus": 7, "frequency": torch.tensor([1, 1]), "clean": 2.0, "corrupted": 0.0, "largest_error": 0.0}
+    for effects, says in (
+        ([1.0, 1.0], "all of the MLP, must add up to 100%"),
+        ([0.5, 0.5], "What is missing from 100%"),
+    ):
+        patching = NeuronPatching(effects=torch.tensor(effects), **sizes)
+        text = " ".join(replace(study, circuit=replace(study.circuit, patching=patching)).findings())
+        assert says in text

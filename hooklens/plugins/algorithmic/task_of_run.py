@@ -6,7 +6,8 @@ from typing import TypeVar
 
 from hooklens.core.errors import InputError
 from hooklens.data.batches import TrainingData
-from hooklens.training.training_run import Run, open_run
+from hooklens.training.run_folder import RunFolder
+from hooklens.training.training_run import Checkpoint, Run, open_run
 
 Task = TypeVar("Task", bound=TrainingData)
 
@@ -26,3 +27,13 @@ def trained_task(run: Run | str | os.PathLike, task: str, make: Callable[..., Ta
     if (seen := data.pop("task", None)) != task:
         raise InputError(f"the run in {str(run.path)!r} was not trained on hl.data.{make.__name__} but on {seen!r}")
     return make(**data)
+
+
+def kept_checkpoints(run: Run) -> list[Checkpoint]:
+    """The checkpoints of a run; refused if there is none."""
+    kept = run.checkpoints()
+    if not kept:
+        begun = RunFolder(run.path).is_being_written() or not run.steps_done
+        what = "wait for its first steps" if begun else "they were removed; train again in another folder"
+        raise InputError(f"the run in {str(run.path)!r} has no checkpoint: {what}")
+    return kept

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from refused import refused
+from torch import Tensor
 
 import hooklens as hl
 from hooklens.core.errors import HooklensError
+from hooklens.model.config import VectorEmbed
 from hooklens.plugins.algorithmic.grokking import (
     GrokkingStep,
     compare_norm_drops,
@@ -83,6 +85,7 @@ def test_a_run_is_read_from_its_record():
     np.testing.assert_array_equal(step.held_out_accuracy.numpy(), run.evaluations()["accuracy"])
     steps, squares = squared_weights(run)
     final = sum(float(p.detach().double().square().sum()) for p in run.checkpoints()[-1].load().parameters())
+    assert torch.equal(squared_weights(run.path)[1], squares)  # of a folder it knew no name to open it with
     assert steps[-1] == 39 and abs(float(squares[-1]) - final) < 0.1 * final  # a step later
     start = sum(float(p.detach().double().square().sum()) for p in run.checkpoints()[0].load().parameters())
     assert math.isclose(float(squares[0]), start, rel_tol=1e-5)
@@ -171,3 +174,83 @@ def test_norms_that_cannot_be_compared_are_refused():
         compare_norm_drops([(NO_DECAY, 0, steps, squares)], start=0, stop=50)
     with refused(HooklensError, "these runs were stopped before"):
         compare_norm_drops([(GROKKING, 0, steps, squares)], start=0, stop=500)
+
+
+def test_curves_of_zeros_and_ones_lists_and_arrays_are_read():
+    """In whole numbers the bound of 0.99 became 0."""
+    steps, train, held_out = torch.tensor([0, 10, 20]), torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1])
+    expected = GrokkingStep.of_curves(steps, train.float(), steps, held_out.float())
+    for change in (lambda x: x, Tensor.tolist, Tensor.numpy, lambda x: x.half().requires_grad_() if x is train else x):
+        found = GrokkingStep.of_curves(*map(change, (steps, train, steps, held_out)))
+        assert (found.memorised_at, found.generalised_at) == (10, 20) and found.statement == expected.statement
+    own = held_out.float()
+    found = GrokkingStep.of_curves(steps, train, steps, own)
+    own.zero_()
+    assert found.generalised_at == 20
+
+
+@pytest.mark.parametrize(
+    ("steps", "accuracy", "says"),
+    [
+        ([0, 10], [0.0, math.nan], "accuracy holds finite numbers of at least 0 and at most 1, got .*nan"),
+        ([0, 10], [50.0, 100.0], "accuracy holds finite numbers of at least 0 and at most 1, got .*100"),
+        ([0.0, 0.5], [0, 10], "steps holds whole numbers from 0 on in ascending order"),
+        ([10, 0], [0.0, 1.0], "steps holds whole numbers from 0 on in ascending order"),
+        ([0, 10], [0.0], "has a number for each of its 2 steps, got 1"),
+        ([0, 10], None, "is a tensor, an array or a list of numbers, got None"),
+        ([0, 10], [[0.0, 1.0]], r"along one axis, got torch.float32 \[1, 2\]"),
+    ],
+)
+def test_curves_that_are_none_gave_a_verdict(steps, accuracy, says):
+    good = [0, 10], [0.0, 1.0]
+    for curves in ((steps, accuracy, *good), (*good, steps, accuracy)):
+        with refused(HooklensError, says):
+            GrokkingStep.of_curves(*curves)
+
+
+def test_a_run_that_was_stopped_between_two_evaluations_has_a_rise():
+    steps = torch.tensor([0, 10, 20])
+    found = GrokkingStep.of_curves(steps, torch.tensor([0.0, 0.0, 1.0]), steps[:2], torch.tensor([0.0, 1.0]))
+    assert (found.memorised_at, found.generalised_at, found.rise_at) == (20, 10, 0)
+
+
+def test_a_task_without_accuracies_was_said_not_to_memorise():
+    data = hl.data.in_context_regression(2, (2, 3))
+    vectors = {"embed": VectorEmbed(data.d_in), "d_vocab": 1, "d_vocab_out": 1}
+    settings = Settings(loss="squared_error", evaluate=1)
+    run = hl.train(tiny_model(**vectors), data, steps=1, settings=settings, show=False)
+    with refused(HooklensError, "its answers are numbers and not tokens"):
+        find_grokking(run)
+
+
+@pytest.mark.parametrize("name", ["steps.rows", "evaluations.rows"])
+def test_a_record_that_was_cut_changed_the_verdict(name, tmp_path):
+    data, settings = hl.data.modular_arithmetic(p=5, fraction=0.6), Settings(batch=25, evaluate=4)
+    run = hl.train(tiny_model(d_vocab=6), data, steps=8, settings=settings, show=False, out=tmp_path / "run")
+    path = run.path / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with refused(HooklensError, f"{name} lacks intact rows of steps that the run has taken"):
+        find_grokking(run)
+
+
+def test_phases_of_lists_and_of_losses_that_are_none():
+    losses = [4.7, 1.0, 0.2, 1.0]
+    assert find_phases([0, 1, 2, 3], losses, losses, generalised_at=3).memorised == 2
+    with refused(HooklensError, "held_out_loss holds finite numbers"):
+        find_phases([0, 1, 2, 3], losses, [math.nan] * 4, generalised_at=3)
+    with refused(HooklensError, "excluded has a number for each of its 4 steps, got 3"):
+        find_phases([0, 1, 2, 3], losses[:3], losses, generalised_at=3)
+
+
+def test_sums_that_rise_or_are_none_and_windows_that_end_before_they_begin():
+    said = drops(-1.0, -0.2, -0.3).statement
+    assert said.endswith("rose by 100.0%, and in no control it fell: the drop is no evidence, because there is none.")
+    curve_of = {"start": 0, "stop": 10}
+    with refused(HooklensError, "squares holds finite numbers of at least 0, got .*nan"):
+        compare_norm_drops([(GROKKING, 0, [0, 10], [1.0, math.nan])], **curve_of)
+    with refused(HooklensError, "squares is a tensor, an array or a list"):
+        compare_norm_drops([(GROKKING, 0, [0, 10], None)], **curve_of)
+    with refused(HooklensError, r"a curve is \(kind, seed, steps, squares\)"):
+        compare_norm_drops([(GROKKING, 0)], **curve_of)
+    with refused(HooklensError, "the window from start 10 to stop 0 ends before it begins"):
+        compare_norm_drops([(GROKKING, 0, [0, 10], [2.0, 1.0])], start=10, stop=0)

@@ -2,13 +2,16 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from refused import refused
 
 from hooklens.core.errors import HooklensError
+from hooklens.data.modular import modular_arithmetic
 from hooklens.plugins.algorithmic.grokking import control_recipes, fast_recipe, grokking_recipe
-from hooklens.plugins.algorithmic.grokking.modular_recipes import _without_decay, check_table_size
+from hooklens.plugins.algorithmic.grokking.modular_recipes import check_table_size, without_decay
 from hooklens.training import AdamW, Constant, CrossEntropy
 from hooklens.training.run_recipe import Recipe, read_recipe
 
@@ -56,7 +59,7 @@ def test_a_control_differs_in_one_thing():
         "shuffled answers": ["data.shuffled was True and is None"],
     }
     wrapped = {"part": "orthogonal_gradient", "inner": {"part": "adamw", "weight_decay": 0.5}}
-    assert _without_decay(wrapped) == {"inner": {"weight_decay": 0.0}}
+    assert without_decay(wrapped) == wrapped | {"inner": {"part": "adamw", "weight_decay": 0.0}}
 
 
 @pytest.mark.parametrize(
@@ -94,3 +97,29 @@ def test_training_on_the_task_has_the_same_defaults_and_does_not_end_early():
     assert models[0].cfg.to_json() == models[1].cfg.to_json()
     for parameter, other in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(parameter, other)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"p": np.int64(7)}, {"fraction": np.float64(0.5)}, {"weight_decay": np.float32(1)}, {"seed": np.int64(0)}],
+)
+def test_numbers_of_numpy_were_written_with_their_type_and_could_not_be_read(options, tmp_path):
+    try:
+        recipe, data = grokking_recipe(**{"p": 7, "fraction": 0.5} | options), modular_arithmetic(np.int64(7))
+    except TypeCheckError:
+        pytest.skip("executed annotations ask for Python's numbers")
+    recipe.save(tmp_path / "settings.toml")
+    assert not read_recipe(tmp_path / "settings.toml").differences(recipe)
+    changed = recipe.changed(training={"steps": np.int64(9), "optimizer": {"lr": np.float64(0.5)}})
+    changed.save(tmp_path / "settings.toml")
+    assert read_recipe(tmp_path / "settings.toml").settings() == changed.settings()
+    assert type(data.p) is int
+
+
+def test_settings_that_no_file_can_hold_and_flags_that_are_none_are_refused(tmp_path):
+    with refused(HooklensError, "plain numbers, texts, lists and tables; got array"):
+        grokking_recipe(7, fraction=0.5).changed(data={"seed": np.zeros(2)}).save(tmp_path / "settings.toml")
+    with refused(HooklensError, "shuffled is True or False, got 1"):
+        grokking_recipe(shuffled=1)
+    with refused(HooklensError, "solved_for is a whole number"):
+        grokking_recipe(solved_for="5")

@@ -65,6 +65,13 @@ def test_a_perfect_model_has_no_weakest_region():
     regions = measure_regions(always(3, 5), data)
     assert regions.weakest is None and "in every region of the table" in regions.statement
     assert bool((regions.accuracy.nan_to_num(1.0) == 1).all())
+    none_right = measure_regions(always(2, 5), data)
+    assert none_right.weakest is None and none_right.statement.startswith("0 of ")
+
+
+def test_a_model_without_equals_was_said_to_be_of_another_p():
+    with refused(HooklensError, "this model has d_vocab 7: no token '='"):
+        measure_regions(tiny_model(d_vocab=7), hl.data.modular_arithmetic(7, fraction=0.5))
 
 
 def _minus():

@@ -6,14 +6,16 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from hooklens.core.arguments import several, whole
 from hooklens.core.errors import ArgumentError, InputError
+from hooklens.core.precision import widened
 
 Values = Float[Tensor, "p *rest"]
 Table = Float[Tensor, "a b *rest"]
+Frequencies = Iterable[int] | int | Shaped[Tensor, "*chosen"]
 
 
 def fourier_basis(p: int, *, dtype: torch.dtype = torch.float64) -> Float[Tensor, "component p"]:
@@ -57,6 +59,10 @@ def transform(values: Values) -> Float[Tensor, "component *rest"]:
     >>> transform(torch.ones(4, 1, dtype=torch.float64)).abs().flatten().round(decimals=3).tolist()
     [2.0, 0.0, 0.0, 0.0]
     """
+    if not isinstance(values, Tensor) or not values.ndim or not values.is_floating_point():
+        seen = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise InputError(f"values are a tensor [p ...] of real numbers with a point, got {seen}")
+    values = widened(values)
     return torch.tensordot(_basis_for(values, 0), values, dims=1)
 
 
@@ -69,12 +75,13 @@ def transform_2d(values: Table) -> Float[Tensor, "component_a component_b *rest"
     """
     need_pairs("values", values, "[a b ...]")
     by_a = transform(values)
-    return torch.tensordot(_basis_for(values, 1), by_a, dims=([1], [1])).movedim(0, 1)
+    return torch.tensordot(_basis_for(by_a, 1), by_a, dims=([1], [1])).movedim(0, 1)
 
 
 def inverse_2d(coefficients: Float[Tensor, "component_a component_b *rest"]) -> Table:
     """The function of (a, b) that has these coefficients."""
     need_pairs("coefficients", coefficients, "[component_a component_b ...]")
+    coefficients = widened(coefficients)
     basis = _basis_for(coefficients, 0).T
     by_a = torch.tensordot(basis, coefficients, dims=1)
     return torch.tensordot(basis, by_a, dims=([1], [1])).movedim(0, 1)
@@ -101,7 +108,7 @@ def frequency_power_2d(values: Table) -> Float[Tensor, "frequency *rest"]:
     return power.index_add(0, frequency[linear_or_product], squares[linear_or_product])[1:]
 
 
-def keep_single_frequencies(values: Table, frequencies: Iterable[int]) -> Table:
+def keep_single_frequencies(values: Table, frequencies: Frequencies) -> Table:
     """The part of a function of (a, b) in the eight terms of each of these frequencies; see `frequency_power_2d`.
 
     >>> wave = torch.cos(2 * torch.pi / 7 * 3 * sums(7).double())
@@ -109,6 +116,7 @@ def keep_single_frequencies(values: Table, frequencies: Iterable[int]) -> Table:
     True
     """
     need_pairs("values", values, "[a b ...]")
+    values = widened(values)
     basis, kept = _basis_for(values, 0), torch.zeros_like(values)
     for k in _some(frequencies, len(values)):
         rows = torch.cat([basis[:1], basis[2 * k - 1 : 2 * k + 1]])
@@ -137,6 +145,7 @@ def mean_by_sum(values: Table) -> Float[Tensor, "s *rest"]:
     [0.0, 1.0, 2.0, 3.0, 4.0]
     """
     p = need_pairs("values", values, "[a b ...]")
+    values = widened(values)
     means = values.new_zeros((p, *values.shape[2:]))
     return means.index_add(0, sums(p).flatten().to(values.device), values.flatten(0, 1)) / p
 
@@ -165,18 +174,17 @@ def need_finite(name: str, values: Tensor) -> None:
         raise InputError(f"some {name} are not finite; use a checkpoint from before training diverged")
 
 
-def keep_frequencies(values: Values, frequencies: Iterable[int]) -> Values:
+def keep_frequencies(values: Values, frequencies: Frequencies) -> Values:
     """The part of functions of n in the cosine and sine of these frequencies, without the constant.
 
     >>> wave = torch.cos(2 * torch.pi / 7 * 3 * torch.arange(7).double())
     >>> bool(torch.allclose(keep_frequencies(1 + wave, [3]), wave))
     True
     """
-    chosen = torch.isin(
-        component_frequencies(len(values)), torch.tensor(_some(frequencies, len(values)), dtype=torch.long)
-    )
-    rows = _basis_for(values, 0)[chosen.to(values.device)]
-    return torch.tensordot(rows.T, torch.tensordot(rows, values, dims=1), dims=1)
+    coefficients, p = transform(values), len(values)
+    chosen = torch.isin(component_frequencies(p), torch.tensor(_some(frequencies, p), dtype=torch.long))
+    chosen = chosen.to(coefficients.device)
+    return torch.tensordot(_basis_for(coefficients, 0)[chosen].T, coefficients[chosen], dims=1)
 
 
 def distinguished(p: int, frequencies: Iterable[int]) -> int:
@@ -198,7 +206,8 @@ def checked_frequencies(frequencies: Any, p: int) -> list[int]:
     ...
     hooklens.core.errors.ArgumentError: frequencies are whole numbers from 1 to p // 2 = 3 for p = 7, got [9, 2, 2]
     """
-    given = [f.item() if isinstance(f, Tensor) and f.ndim == 0 else f for f in several("frequencies", frequencies)]
+    listed = several("frequencies", frequencies.tolist() if isinstance(frequencies, Tensor) else frequencies)
+    given = [f.item() if isinstance(f, Tensor) and f.ndim == 0 else f for f in listed]
     whole_numbers = all(isinstance(f, Integral) and not isinstance(f, bool) for f in given)
     if not whole_numbers or not all(1 <= f <= p // 2 for f in given):
         raise ArgumentError(
@@ -207,9 +216,11 @@ def checked_frequencies(frequencies: Any, p: int) -> list[int]:
     return sorted({int(f) for f in given})
 
 
-def _some(frequencies: Iterable[int], p: int) -> list[int]:
+def _some(frequencies: Frequencies, p: int) -> list[int]:
     """The frequencies, which may be none."""
-    given = frequencies if isinstance(frequencies, Integral) else list(frequencies)
+    given = frequencies.tolist() if isinstance(frequencies, Tensor) else frequencies
+    if isinstance(given, Iterable) and not isinstance(given, str):
+        given = list(given)
     return [] if given == [] else checked_frequencies(given, p)
 
 

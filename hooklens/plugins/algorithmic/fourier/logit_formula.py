@@ -1,7 +1,7 @@
 """The logits as a sum of cosines, alpha_k cos w_k (a + b - c) over k: fitted, and how much of them it explains."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import real, whole
+from hooklens.core.errors import WrongType
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.algorithmic.fourier.basis import checked_frequencies, distinguished, fourier_basis, mean_by_sum
 from hooklens.plugins.algorithmic.fourier.demo_task import demo_modulus
@@ -64,15 +66,19 @@ class LogitFormula(Result):
         return bars(self.coefficients, labels=labels, title=title, x_title="frequency", y_title="coefficient")
 
 
-def formula_logits(p: int, coefficients: dict[int, float]) -> Logits:
+def formula_logits(p: int, coefficients: Mapping[int, float]) -> Logits:
     """The logits sum_k alpha_k cos(2 pi k (a + b - c) / p), from the coefficient of each frequency.
 
     >>> formula_logits(5, {1: 2.0})[3, 4, 2].item()         # 3 + 4 = 2 modulo 5
     2.0
     """
+    whole("p", p, 2)
+    if not isinstance(coefficients, Mapping):
+        raise WrongType(f"coefficients are a dict of each frequency's, such as {{2: 9.0}}; got {coefficients!r:.60}")
     frequencies = checked_frequencies(list(coefficients), p)
+    alpha = {int(k): real("coefficients", v.item() if isinstance(v, Tensor) else v) for k, v in coefficients.items()}
     n = torch.arange(p)
-    waves = [coefficients[k] * torch.cos(2 * math.pi / p * (k * n % p).double()) for k in frequencies]
+    waves = [alpha[k] * torch.cos(2 * math.pi / p * (k * n % p).double()) for k in frequencies]
     offset = (n[:, None, None] + n[:, None] - n) % p
     return torch.stack(waves).sum(0)[offset]
 
@@ -110,6 +116,9 @@ def logit_similarity(logits: Logits) -> Float[Tensor, "frequency"]:
     """
     projected, size = _cosines(logits)
     centred = logits.double() - logits.double().mean(-1, keepdim=True)
+    rounding = torch.finfo(torch.float64).eps * len(logits) * float(logits.abs().max())
+    if float(centred.abs().max()) <= rounding:  # the logits of each pair are equal: a direction of rounding alone
+        return torch.zeros_like(projected)
     return len(logits) * projected / (size.sqrt() * centred.norm())  # each offset occurs p^2 times
 
 

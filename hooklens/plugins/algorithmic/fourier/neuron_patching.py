@@ -8,18 +8,32 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import seeded, whole
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, WrongType
 from hooklens.core.names import site as site_of
 from hooklens.metrics import logit_diff
 from hooklens.model.ids import as_ids
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.algorithmic.fourier.basis import distinguished
 from hooklens.plugins.algorithmic.fourier.demo_task import demo_modulus
-from hooklens.plugins.algorithmic.fourier.neuron_frequencies import NeuronFrequencies, classify_neurons
-from hooklens.plugins.algorithmic.fourier.pair_table import Task, modulus_of, pair_prompts
+from hooklens.plugins.algorithmic.fourier.neuron_frequencies import (
+    NeuronFrequencies,
+    classify_neurons,
+    explain_by_frequency,
+)
+from hooklens.plugins.algorithmic.fourier.pair_table import (
+    PairTable,
+    Task,
+    modulus_of,
+    need_neurons,
+    pair_prompts,
+    run_pairs,
+)
 from hooklens.plugins.patching.activation import PatchSweep, patch
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
+
+_COMPARED = 16  # neurons that are compared with the model's own
+_SAME = 0.01  # of a neuron's variance: far above rounding
 
 Pairs = Int[Tensor, "prompt 2"]
 
@@ -109,11 +123,7 @@ def patch_neurons(
     sums by frequency are ours.
     """
     p, (clean, corrupted) = modulus_of(data), _checked(clean, corrupted, modulus_of(data))
-    neurons = classify_neurons(model, data, layer=layer) if neurons is None else neurons
-    if neurons.modulus != p:
-        raise InputError(
-            f"neurons were classified modulo {neurons.modulus}, and data are modulo {p}; leave neurons out"
-        )
+    neurons = _own_neurons(run_pairs(model, data, layer=layer), neurons)
     answers, others = (pairs.sum(1) % p for pairs in (clean, corrupted))
     prompts = pair_prompts(model, p).view(p, p, -1)
     runs = [prompts[pairs[:, 0], pairs[:, 1]] for pairs in (clean, corrupted)]
@@ -127,6 +137,24 @@ def patch_neurons(
         corrupted=float(sweep.corrupted),
         largest_error=float(sweep.largest_error),
     )
+
+
+def _own_neurons(table: PairTable, neurons: NeuronFrequencies | None) -> NeuronFrequencies:
+    """The neurons of the table: those that were classified before, after a look at a few, or all of them anew."""
+    if neurons is None:
+        return classify_neurons(table)
+    if not isinstance(neurons, NeuronFrequencies):
+        raise WrongType(f"neurons are those of classify_neurons(model, data), got {neurons!r:.60}; leave them out")
+    post, n = need_neurons(table), len(neurons.spectrum)
+    if (neurons.modulus, n) != (table.modulus, post.shape[-1]):
+        raise InputError(
+            f"{n} neurons were given, classified modulo {neurons.modulus}, and this layer has {post.shape[-1]}, for "
+            f"p = {table.modulus}; leave neurons out"
+        )
+    some = torch.arange(0, n, max(1, n // _COMPARED))
+    if float((explain_by_frequency(post[..., some]) - neurons.spectrum[some]).abs().max()) > _SAME:
+        raise InputError("the neurons given are not those of this layer: their spectra differ; leave neurons out")
+    return neurons
 
 
 def random_pairs(p: int, n: int, *, seed: int = 0) -> tuple[Pairs, Pairs]:

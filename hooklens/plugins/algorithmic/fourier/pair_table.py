@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooklens.core.arguments import whole
+from hooklens.core.arguments import layer_number, whole
 from hooklens.core.errors import InputError, WrongType
 from hooklens.data.modular import Modular
 from hooklens.model.config import TokenEmbed
@@ -21,7 +23,7 @@ _BATCH = 2048  # pairs that run together
 _COMPARED = 16  # pairs on which a table is compared with the model that it is said to be of
 _SAME = 1e-3  # of the largest logit: far above the differences between batches of other sizes
 #: The task that a model was trained on: `hl.data.modular_arithmetic(...)`, or p where the training pairs do not matter.
-Task = Modular | int
+Task = Modular | int | np.integer
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,8 +163,12 @@ def tabulate(
         need_finite("activations", post)
     if trained is not None:
         need_trained(trained, p)
-    wide_post = None if post is None else post.detach().cpu().double()
-    return PairTable(logits.detach().cpu().double(), wide_post, None if trained is None else trained.cpu())
+    # Copies: the caller's tensors may change later.
+    return PairTable(
+        logits=logits.detach().to("cpu", torch.float64, copy=True),
+        post=None if post is None else post.detach().to("cpu", torch.float64, copy=True),
+        trained=None if trained is None else trained.to("cpu", copy=True),
+    )
 
 
 def run_pairs(model: HookedTransformer, data: Task, *, layer: int | None = -1) -> PairTable:
@@ -180,7 +186,7 @@ def run_pairs(model: HookedTransformer, data: Task, *, layer: int | None = -1) -
 
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 4.
     """
-    p = modulus_of(data)
+    p, layer = modulus_of(data), layer_number("layer", layer)
     prompts = pair_prompts(model, p)
     activations: list[Tensor] | None = None if layer is None or model.cfg.attn_only else []
     where = ("post", -1 if layer is None else layer)
@@ -234,8 +240,11 @@ def own_table(
     model: HookedTransformer | PairTable, data: Task | None, table: PairTable | None, *, layer: int
 ) -> PairTable:
     """The table of the model: one that was made before, after a look at a few pairs, or a new one."""
+    if table is not None and isinstance(model, PairTable):
+        raise InputError("a table takes the place of the model, so that table= would have no effect; give one of them")
     if table is None or isinstance(model, PairTable):
         return as_table(model, data, layer=layer)
+    layer_number("layer", layer)
     p = as_table(table, data).modulus
     some = torch.arange(0, p**2, -(-(p**2) // _COMPARED))
     activations = list[Tensor]()
@@ -272,7 +281,7 @@ def modulus_of(data: Task) -> int:
             f"is no such circuit to find; in Python its weights and logits can be read with p = {data.p} in place of "
             "the data"
         )
-    if not isinstance(data, Modular) and (isinstance(data, bool) or not isinstance(data, int)):
+    if not isinstance(data, Modular) and (isinstance(data, bool) or not isinstance(data, Integral)):
         hint = "; frequencies are a keyword here, frequencies=[...]" if isinstance(data, list | tuple) else ""
         raise WrongType(f"data is hl.data.modular_arithmetic(...) or p, got {data!r:.60}{hint}")
     return whole("p", data.p if isinstance(data, Modular) else data, 2)
@@ -290,6 +299,11 @@ def need_model(model: Any, p: int) -> HookedTransformer:
         raise InputError(
             f"addition modulo {p} has the tokens 0 to {p - 1} and perhaps '=', and this model has d_vocab "
             f"{cfg.d_vocab}: it was trained on another p, on {cfg.d_vocab - 1}, or {cfg.d_vocab} if it has no '='"
+        )
+    if cfg.d_vocab == p and cfg.n_ctx == 3:  # as of "a b =", whose last token is no number
+        raise InputError(
+            f"this model has d_vocab {p} and n_ctx 3, as models on 'a b =' modulo {p - 1} have: give p = {p - 1}. A "
+            f"model on pairs 'a b' modulo {p} has n_ctx 2; of another one, give the logits of all pairs"
         )
     if cfg.d_vocab_out < p:
         raise InputError(

@@ -6,11 +6,13 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.arguments import layer_number
 from hooklens.core.errors import did_you_mean
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.algorithmic.fourier.basis import component_names, transform_2d
 from hooklens.plugins.algorithmic.fourier.demo_task import demo_modulus
 from hooklens.plugins.algorithmic.fourier.pair_table import PairTable, Task, as_table, need_neurons
+from hooklens.plugins.weights.matrices import read_mlp
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
 
@@ -87,6 +89,9 @@ def measure_plane_spectrum(
     """
     if site not in _SITES:
         raise did_you_mean("site for a spectrum", site, _SITES)
+    layer_number("layer", layer)
+    if isinstance(model, HookedTransformer) and not model.cfg.attn_only:
+        read_mlp(model, layer)  # also refused where the logits do not need it
     table = as_table(model, data, layer=layer if site == "post" else None)
     values = need_neurons(table) if site == "post" else table.logits
     return PlaneSpectrum(transform_2d(values - values.mean((0, 1))).norm(dim=-1), site)

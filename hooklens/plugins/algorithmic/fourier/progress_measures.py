@@ -26,7 +26,7 @@ from hooklens.plugins.algorithmic.fourier.pair_table import (
     tabulate,
 )
 from hooklens.plugins.algorithmic.fourier.weight_spectra import measure_fourier_spectrum
-from hooklens.plugins.algorithmic.task_of_run import trained_task
+from hooklens.plugins.algorithmic.task_of_run import kept_checkpoints, trained_task
 from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
 from hooklens.training.training_run import Run, open_run
@@ -177,7 +177,7 @@ def measure_progress(run: Run | str | os.PathLike, *, frequencies: Sequence[int]
     figure 7.
     """
     run, data = run if isinstance(run, Run) else open_run(run), task_of(run)
-    kept = run.checkpoints()
+    kept = kept_checkpoints(run)
     if frequencies is None:
         frequencies = need_keys(find_key_frequencies(kept[-1].load(), data).keys, f"after {kept[-1].step} steps")
     frequencies = checked_frequencies(frequencies, data.p)

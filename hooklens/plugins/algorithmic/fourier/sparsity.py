@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.precision import widened
+
 
 def gini(values: Float[Tensor, "*lead entry"]) -> Float[Tensor, "*lead"]:
     """The Gini coefficient of absolute values: 0 if all are equal, 1 - 1/n if one of n is not zero; NaN if none is.
@@ -17,9 +19,9 @@ def gini(values: Float[Tensor, "*lead entry"]) -> Float[Tensor, "*lead"]:
     (2023), "Progress measures for grokking via mechanistic interpretability", take it of the norms of the Fourier
     components of W_E and W_L.
     """
-    ordered = values.abs().sort(-1).values
+    ordered = widened(values).abs().sort(-1).values
     n = ordered.shape[-1]
-    rank = torch.arange(1, n + 1, device=values.device, dtype=values.dtype)
+    rank = torch.arange(1, n + 1, device=values.device, dtype=ordered.dtype)
     return 1 - 2 * (ordered / ordered.sum(-1, keepdim=True) * (n - rank + 0.5) / n).sum(-1)
 
 
@@ -32,6 +34,7 @@ def inverse_participation_ratio(values: Float[Tensor, "*lead entry"]) -> Float[T
     Reference: Gromov (2023), "Grokking modular arithmetic", equation 20 with r = 2; Doshi et al. (2024), "To grok or
     not to grok", equation 3. Both take it of the Fourier transform of a neuron's weights, and average over neurons.
     """
+    values = widened(values)
     largest = values.abs().amax(-1, keepdim=True)
     squares = (values / largest).square()  # of very small and very large values, fourth powers are 0 or infinite
     return squares.square().sum(-1) / squares.sum(-1).square()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hooklens.core.arguments import real
 from hooklens.core.errors import ArgumentError, InputError
+from hooklens.plugins.algorithmic.grokking.given_curves import Numbers, given_steps, given_values
 from hooklens.results.result import Result, Table
 from hooklens.training.training_run import Run, open_run
 
@@ -47,10 +48,10 @@ class GrokkingStep(Result):
     @classmethod
     def of_curves(
         cls,
-        train_steps: Int[Tensor, "step"],
-        train_accuracy: Float[Tensor, "step"],
-        held_out_steps: Int[Tensor, "evaluation"],
-        held_out_accuracy: Curve,
+        train_steps: Numbers,
+        train_accuracy: Numbers,
+        held_out_steps: Numbers,
+        held_out_accuracy: Numbers,
         *,
         losses: tuple[Float[Tensor, "step"], Curve] | None = None,
         bound: float = BOUND,
@@ -66,6 +67,10 @@ class GrokkingStep(Result):
         if not 0 < real("bound", bound) <= 1:
             raise ArgumentError("{bound} is an accuracy above 0, at most 1; got {0}", bound)
         real("delay", delay, 1.0)
+        train_steps = given_steps("train_steps", train_steps)
+        held_out_steps = given_steps("held_out_steps", held_out_steps)
+        train_accuracy = given_values("train_accuracy", train_accuracy, train_steps, least=0.0, most=1.0)
+        held_out_accuracy = given_values("held_out_accuracy", held_out_accuracy, held_out_steps, least=0.0, most=1.0)
         if not len(train_steps) or not len(held_out_steps):
             raise InputError("grokking is a matter of two curves, and one of them has no step; train for at least one")
         at = torch.searchsorted(train_steps, held_out_steps).clamp_max(len(train_steps) - 1)
@@ -76,7 +81,7 @@ class GrokkingStep(Result):
             train_accuracy=train_accuracy[at],
             held_out_accuracy=held_out_accuracy,
             train_loss=train_loss[at],
-            held_out_loss=held_out_loss,
+            held_out_loss=held_out_loss.clone(),
             memorised_at=_first(train_steps, _reaches(train_accuracy, bound)),
             bound=float(bound),
             delay=float(delay),
@@ -97,7 +102,7 @@ class GrokkingStep(Result):
         if self.generalised_at is None:
             return None
         memorised = self.steps >= (self.memorised_at or 0)
-        start = float(self.held_out_accuracy[memorised][0])
+        start = float(self.held_out_accuracy[memorised][0] if bool(memorised.any()) else self.held_out_accuracy[-1])
         low = self.held_out_accuracy < start + _RISES * (self.bound - start)
         before = (self.steps < self.generalised_at) & low
         return int(self.steps[before].max()) if bool(before.any()) else int(self.steps[0])
@@ -199,6 +204,11 @@ def find_grokking(run: Run | str | os.PathLike, *, bound: float = BOUND, delay: 
     for rows in (steps, evaluations):
         if "accuracy" not in rows.columns:
             raise InputError(f"the run in {str(run.path)!r} recorded no accuracy; train it again with this hooklens")
+        if np.isnan(rows["accuracy"]).all():
+            raise InputError(
+                f"grokking is read from accuracies, and the task of the run in {str(run.path)!r} has none: its answers "
+                "are numbers and not tokens; give a run such as one on hl.data.modular_arithmetic"
+            )
     return GrokkingStep.of_curves(
         _tensor(steps.steps),
         _tensor(steps["accuracy"]),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hooklens.core.arguments import real, whole
+from hooklens.core.arguments import flag, real, seed_number, whole
 from hooklens.core.errors import ArgumentError
 from hooklens.data.modular import share_of
 from hooklens.plugins.algorithmic.grokking.grokking_step import BOUND
@@ -49,16 +49,16 @@ def grokking_recipe(
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 3.
     """
     check_table_size(p, fraction)
-    _check_decay(weight_decay, RATE)
-    whole("steps", steps, 1)
+    weight_decay, seed = _check_decay(weight_decay, RATE), seed_number(seed)
+    p, fraction, steps = int(p), float(fraction), whole("steps", steps, 1)
     data = {"task": "modular_arithmetic", "p": p, "fraction": fraction, "seed": seed}
     init = {"part": "normal", "std": _WIDTH**-0.5, "unembed_std": (p + 1) ** -0.5}
     training = {"steps": steps, "batch": p**2, "seed": seed, "optimizer": {"weight_decay": weight_decay}}
     training |= {"schedule": {"warmup": _WARMUP}}  # of short runs too, so that they are the beginning of longer ones
     if solved_for is not None:
-        training |= {"solved": BOUND, "solved_for": solved_for}
+        training |= {"solved": BOUND, "solved_for": whole("solved_for", solved_for)}
     return Recipe(
-        data | {"shuffled": True} if shuffled else data,
+        data | {"shuffled": True} if flag("shuffled", shuffled) else data,
         {"d_model": _WIDTH, "seed": seed, "init": init},
         training,
     )
@@ -94,25 +94,37 @@ def control_recipes(recipe: Recipe) -> Mapping[str, Recipe]:
     {'weight decay 0': False, 'shuffled answers': True}
     """
     return {
-        NO_DECAY: recipe.changed(training={"optimizer": _without_decay(recipe.training["optimizer"])}),
+        NO_DECAY: recipe.changed(training={"optimizer": without_decay(recipe.training["optimizer"])}),
         SHUFFLED: recipe.changed(data={"shuffled": True}),
     }
 
 
-def _without_decay(optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    """The changes that take the weight decay off a rule, or off the rule inside it."""
+def without_decay(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """A rule with weight decay 0, or with a rule inside it that has."""
     inner = optimizer.get("inner")
-    return {"weight_decay": 0.0} if inner is None else {"inner": _without_decay(inner)}
+    return {**optimizer, **({"weight_decay": 0.0} if inner is None else {"inner": without_decay(inner)})}
 
 
-def _check_decay(weight_decay: float, rate: float) -> None:
-    """Raise for a decay that is negative, or that takes all of a weight in one step."""
-    if real("weight_decay", weight_decay, 0.0) * rate >= 1:
+def weight_decay_of(optimizer: Mapping[str, Any]) -> float:
+    """The weight decay of a rule, or of the rule inside it.
+
+    >>> weight_decay_of({"part": "orthogonal_gradient", "inner": {"part": "adamw", "weight_decay": 0.5}})
+    0.5
+    """
+    inner = optimizer.get("inner")
+    return float(optimizer.get("weight_decay", 0.0)) if inner is None else weight_decay_of(inner)
+
+
+def _check_decay(weight_decay: float, rate: float) -> float:
+    """Return the decay; refused if it is negative, or takes all of a weight in one step."""
+    decay = real("weight_decay", weight_decay, 0.0)
+    if decay * rate >= 1:
         raise ArgumentError(
             "{weight_decay} is below {0:.4g} at the rate {1:g}, got {2:g}: every step would set the weights to 0 or "
             "turn their sign",
             *(1 / rate, rate, weight_decay),
         )
+    return decay
 
 
 def check_table_size(p: int, fraction: float, *, prime: bool = True) -> None:

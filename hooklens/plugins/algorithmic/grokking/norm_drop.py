@@ -1,5 +1,6 @@
 """Does the norm of the weights drop at grokking, and more than in runs that do not grok?"""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError
+from hooklens.core.arguments import whole
+from hooklens.core.errors import ArgumentError, InputError, WrongType
+from hooklens.plugins.algorithmic.grokking.given_curves import Numbers, given_steps, given_values
 from hooklens.results.result import Result, Table
-from hooklens.training.training_run import Run
+from hooklens.training.training_run import Run, open_run
 
 GROKKING, NO_DECAY, SHUFFLED = "grokking run", "weight decay 0", "shuffled answers"
 CONTROLS = (NO_DECAY, SHUFFLED)
@@ -67,14 +70,17 @@ class NormDrops(Result):
     def statement(self) -> str:
         """What the drops say, from their numbers."""
         grokking, controls = self._split()
-        lost = f"Between steps {self.start:,} and {self.stop:,} the sum of squared weights fell by {grokking.min():.1%}"
+        least, most = float(grokking.min()), float(controls.max())
+        change = f"fell by {least:.1%}" if least >= 0 else f"rose by {-least:.1%}"
+        lost = f"Between steps {self.start:,} and {self.stop:,} the sum of squared weights {change}"
         missing = [kind for kind in CONTROLS if kind not in self.kinds]
         if missing:
             return f"{lost}. This is no evidence yet: no control with {' or '.join(missing)} was trained."
-        compared = f"{lost}, and in the controls by at most {controls.max():.1%}"
+        fell = f"in the controls it fell by at most {most:.1%}" if most >= 0 else "in no control it fell"
         if self.is_evidence:
-            return f"{compared}: the drop goes with grokking."
-        return f"{compared}: the drop is no evidence, because runs that do not grok lose as much."
+            return f"{lost}, and {fell}: the drop goes with grokking."
+        reason = "because runs that do not grok lose as much" if least > 0 else "because there is none"
+        return f"{lost}, and {fell}: the drop is no evidence, {reason}."
 
     def table(self, n: int | None = None) -> Table:
         """One row per run."""
@@ -104,7 +110,9 @@ class NormDrops(Result):
         return self.drop[is_grokking], controls if len(controls) else torch.zeros(1)
 
 
-def squared_weights(run: Run, *, including: Sequence[int] = ()) -> tuple[Int[Tensor, "point"], Float[Tensor, "point"]]:
+def squared_weights(
+    run: Run | str | os.PathLike, *, including: Sequence[int] = ()
+) -> tuple[Int[Tensor, "point"], Float[Tensor, "point"]]:
     """The sum of squared weights before steps of a run, at most 400 of them at equal ratios, with the last.
 
     Steps to be compared, such as the ends of a window, are given as `including`: between points of the curve a sum is
@@ -127,9 +135,7 @@ def squared_weights(run: Run, *, including: Sequence[int] = ()) -> tuple[Int[Ten
     return torch.from_numpy(rows.steps[kept].astype(np.int64)), torch.from_numpy(squares)
 
 
-def compare_norm_drops(
-    curves: Sequence[tuple[str, int, Int[Tensor, "_point"], Float[Tensor, "_point"]]], *, start: int, stop: int
-) -> NormDrops:
+def compare_norm_drops(curves: Sequence[tuple[str, int, Numbers, Numbers]], *, start: int, stop: int) -> NormDrops:
     """Is the norm's drop in a window of steps larger than in the controls? Curves are (kind, seed, steps, squares).
 
     >>> steps = torch.tensor([0, 100, 200])
@@ -139,10 +145,13 @@ def compare_norm_drops(
     >>> drops.is_evidence, [round(drop, 3) for drop in drops.drop.tolist()]
     (True, [0.75, -0.2, 0.1])
     """
-    kinds = [kind for kind, *_ in curves]
+    if whole("start", start) > whole("stop", stop):
+        raise ArgumentError("the window from {start} {0:,} to {stop} {1:,} ends before it begins", start, stop)
+    given = [_given(curve) for curve in curves]
+    kinds = [kind for kind, *_ in given]
     if GROKKING not in kinds:
         raise InputError("none of these runs grokked, so that there is no window in which the norm could drop")
-    short = [(kind, seed) for kind, seed, steps, _ in curves if int(steps[-1]) + 1 < stop]
+    short = [(kind, seed) for kind, seed, steps, _ in given if not len(steps) or int(steps[-1]) + 1 < stop]
     if short:
         raise InputError(
             f"the window ends at step {stop:,}, and these runs were stopped before: {short}; train controls as long"
@@ -151,7 +160,16 @@ def compare_norm_drops(
         start=start,
         stop=stop,
         kinds=kinds,
-        seeds=[seed for _, seed, _, _ in curves],
-        steps=[steps for *_, steps, _ in curves],
-        squares=[squares for *_, squares in curves],
+        seeds=[seed for _, seed, _, _ in given],
+        steps=[steps for *_, steps, _ in given],
+        squares=[squares for *_, squares in given],
     )
+
+
+def _given(curve: Any) -> tuple[str, int, Int[Tensor, "_point"], Float[Tensor, "_point"]]:
+    """A curve with steps in order, and positive sums."""
+    if not isinstance(curve, tuple | list) or len(curve) != 4 or not isinstance(curve[0], str):
+        raise WrongType(f"a curve is (kind, seed, steps, squares), such as ('{GROKKING}', 0, ...); got {curve!r:.60}")
+    kind, seed, steps, squares = curve
+    at = given_steps("steps", steps)
+    return kind, seed, at, given_values("squares", squares, at, least=0.0)

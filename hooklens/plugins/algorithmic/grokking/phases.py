@@ -4,16 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
+from hooklens.core.arguments import whole
 from hooklens.core.errors import InputError
+from hooklens.plugins.algorithmic.grokking.given_curves import Numbers, given_steps, given_values
 from hooklens.results.result import Result, Table
 
 _STILL = 0.9  # of its peak: a held-out loss above it has not begun to fall
 _FEWEST = 4  # checkpoints up to generalisation: phases between fewer are those of the checkpoints
-
-Curve = Float[Tensor, "checkpoint"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +56,7 @@ class Phases(Result):
         return bars(spans, labels=[name for name, *_ in rows], title="Phases by excluded loss", y_title="steps")
 
 
-def find_phases(
-    steps: Int[Tensor, "checkpoint"], excluded: Curve, held_out_loss: Curve, *, generalised_at: int
-) -> Phases:
+def find_phases(steps: Numbers, excluded: Numbers, held_out_loss: Numbers, *, generalised_at: int) -> Phases:
     """When did each phase end? From the excluded and the held-out loss at checkpoints.
 
     >>> steps = torch.tensor([0, 100, 1000, 5000, 8000, 9000])
@@ -76,6 +72,9 @@ def find_phases(
     Reference: Nanda et al. (2023), "Progress measures for grokking via mechanistic interpretability", section 5.2, for
     the phases; the rules are ours.
     """
+    steps, generalised_at = given_steps("steps", steps), whole("generalised_at", generalised_at)
+    excluded = given_values("excluded", excluded, steps)
+    held_out_loss = given_values("held_out_loss", held_out_loss, steps, least=0.0)
     before = steps <= generalised_at
     n_before = int(before.sum())
     if n_before < _FEWEST:

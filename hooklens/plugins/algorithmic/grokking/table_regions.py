@@ -127,6 +127,10 @@ def check_table(model: HookedTransformer, data: Modular) -> None:
     need_hooked(model, "the table of pairs")
     if not isinstance(data, Modular):
         raise WrongType(f"data is hl.data.modular_arithmetic(...), with the pairs of training; got {data!r:.60}")
+    if model.cfg.d_vocab == data.p:
+        raise InputError(
+            f"the table modulo {data.p} is read from prompts 'a b =', and this model has d_vocab {data.p}: no token '='"
+        )
     if model.cfg.d_vocab != data.d_vocab or model.cfg.d_vocab_out < data.p:
         raise InputError(
             f"the table modulo {data.p} has {data.d_vocab} tokens, and this model has d_vocab {model.cfg.d_vocab}: it "

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from planted_addition import PHASES, SCALE, adding_model, written_out
@@ -18,6 +19,7 @@ from hooklens.plugins.algorithmic.fourier import (
     fourier_basis,
     keep_single_frequencies,
     measure_fourier_spectrum,
+    measure_plane_spectrum,
     neuron_logit_map,
     patch_neurons,
     project_embedding,
@@ -259,3 +261,35 @@ def test_neurons_of_another_layer_or_of_nowhere_were_taken_for_the_models_own(mo
     drawn = torch.randn(table.post.shape, generator=torch.Generator().manual_seed(0))
     with refused(InputError, says="the neurons of layer -1 differ"):
         find_key_frequencies(model, table.modulus, table=tabulate(table.logits, post=drawn))
+
+
+def test_neurons_of_another_model_were_patched_as_if_they_were_its_own():
+    model, pairs = tiny_model(d_vocab=8), ([[1, 2]], [[1, 4]])
+    own = classify_neurons(model, 7, threshold=0.01)
+    assert bool(patch_neurons(model, 7, *pairs, neurons=own).frequency.any())  # with their own threshold
+    with refused(InputError, says="their spectra differ"):
+        patch_neurons(model, 7, *pairs, neurons=classify_neurons(tiny_model(d_vocab=8, seed=5), 7))
+    with refused(InputError, says="16 neurons were given, classified modulo 7, and this layer has 32"):
+        patch_neurons(model, 7, *pairs, neurons=classify_neurons(tiny_model(d_vocab=8, d_mlp=16), 7))
+    with refused(WrongType, says="those of classify_neurons"):
+        patch_neurons(model, 7, *pairs, neurons="x")
+
+
+def test_p_and_layers_of_other_types_or_of_nowhere():
+    model = tiny_model(d_vocab=8)
+    assert run_pairs(model, np.int64(7)).modulus == 7
+    for read in (find_key_frequencies, classify_neurons, measure_plane_spectrum):
+        with refused(WrongType, says="layer is the number of a layer"):
+            read(model, 7, layer="0")
+    with refused(InputError, says="layer 99"):
+        measure_plane_spectrum(model, 7, site="logits", layer=99)
+
+
+def test_a_model_of_p_numbers_and_equals_was_read_as_one_of_p_plus_1_numbers():
+    with refused(InputError, says="as models on 'a b =' modulo 7 have: give p = 7"):
+        find_key_frequencies(tiny_model(d_vocab=8, n_ctx=3), 8)
+
+
+def test_principal_components_are_drawn_in_pairs():
+    with refused(InputError, says="n_components are drawn in pairs, so that their number is even; got 3"):
+        project_embedding(tiny_model(d_vocab=8), 7, frequencies=[1], n_components=3)

@@ -11,7 +11,9 @@ from hooklens.plugins.algorithmic.fourier import (
     fourier_basis,
     frequency_power,
     frequency_power_2d,
+    gini,
     inverse_2d,
+    inverse_participation_ratio,
     keep_frequencies,
     keep_single_frequencies,
     mean_by_sum,
@@ -104,3 +106,25 @@ def test_parts_of_frequencies_that_are_none_are_refused():
                 keep(values, given)
     with refused(InputError, "numbers with a point"):
         transform(torch.ones(4, dtype=torch.long))
+
+
+def test_half_precision_overflowed_and_rounded_in_sums():
+    wave = 100 * torch.cos(2 * torch.pi / 113 * 3 * torch.arange(113))
+    assert float(frequency_power(wave.half())[2]) == pytest.approx(113 / 2 * 1e4, rel=1e-3)  # it was infinite
+    assert bool((mean_by_sum(torch.full((113, 113), 1000.0).half()) == 1000).all())
+    grid = torch.full((113, 113), 1000.0).half()
+    assert float(transform_2d(grid)[0, 0]) == pytest.approx(113_000) and inverse_2d(grid).isfinite().all()
+    assert float(gini(torch.arange(1, 3000).half())) == pytest.approx(1 / 3, abs=1e-3)
+    assert float(inverse_participation_ratio(torch.full((3000,), 300.0).half())) == pytest.approx(1 / 3000)
+
+
+def test_frequencies_and_values_that_are_none_failed_inside_torch():
+    wave = torch.cos(2 * torch.pi / 7 * torch.arange(7).double())
+    for given in (None, 1.0, "1"):
+        with refused(InputError, "frequencies"):
+            keep_frequencies(wave, given)
+    assert torch.allclose(keep_frequencies(wave, torch.tensor(1)), wave)
+    assert not keep_frequencies(wave, torch.tensor([])).any()
+    for values in ([1.0, 2.0], None):
+        with refused(InputError, "values are a tensor"):
+            transform(values)

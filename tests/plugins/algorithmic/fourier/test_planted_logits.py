@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refused import refused
 
-from hooklens.core.errors import InputError, NameNotFound
+from hooklens.core.errors import InputError, NameNotFound, WrongType
 from hooklens.data.modular import modular_arithmetic
 from hooklens.plugins.algorithmic.fourier import (
     ablate_logit_frequencies,
@@ -371,3 +371,38 @@ def test_shares_of_half_precision_were_above_one():
     post = formula_logits(7, {2: 9.0}).half()
     for read in (explain_by_frequency, explain_by_sum):
         assert bool((read(post) <= 1 + 1e-12).all())
+
+
+def test_logits_that_are_equal_for_all_answers_named_keys_of_rounding():
+    of_pairs = torch.randn(13, 13, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for logits in (of_pairs.expand(13, 13, 13).contiguous(), torch.zeros(13, 13, 13)):
+        assert not logit_similarity(logits).any() and find_key_frequencies(tabulate(logits)).keys == []
+
+
+def test_a_table_changed_with_the_tensors_it_was_made_of():
+    logits, post, trained = formula_logits(5, {1: 2.0}), torch.ones(5, 5, 2).double(), torch.ones(5, 5) > 0
+    table = tabulate(logits, post=post, trained=trained)
+    for tensor in (logits, post, trained):
+        tensor.zero_()
+    assert bool(table.logits.any()) and bool(table.post.all()) and bool(table.trained.all())
+
+
+@pytest.mark.parametrize(
+    ("p", "coefficients", "says"),
+    [
+        (5, [1], "coefficients are a dict"),
+        (5, {1: "a"}, "coefficients is a finite number, got 'a'"),
+        (5, {1: math.nan}, "coefficients is a finite number, got nan"),
+        (5.0, {1: 2.0}, "p is a whole number"),
+        ("5", {1: 2.0}, "p is a whole number"),
+    ],
+)
+def test_coefficients_that_are_none_failed_inside_python(p, coefficients, says):
+    with refused((InputError, WrongType), says):
+        formula_logits(p, coefficients)
+
+
+def test_a_table_cannot_stand_for_a_model_and_its_table():
+    table = tabulate(formula_logits(5, {1: 2.0}))
+    with refused(InputError, "table= would have no effect"):
+        find_key_frequencies(table, table=table)

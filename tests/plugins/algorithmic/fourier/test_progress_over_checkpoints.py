@@ -1,5 +1,7 @@
 """Progress measures of a run, from its folder: each column is what the function says of the loaded checkpoint."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -63,3 +65,9 @@ def test_a_run_without_key_frequencies_or_of_another_task_is_refused(run, tmp_pa
     other = train(tiny_model(d_vocab=4), markov_source(4), steps=1, out=tmp_path / "other")
     with pytest.raises(InputError, match=r"not trained on hl\.data\.modular_arithmetic"):
         measure_progress(other)
+
+
+def test_a_run_without_its_checkpoints_is_said_to_be(run, tmp_path):
+    shutil.copytree(run.path, tmp_path / "run", ignore=shutil.ignore_patterns("*step_*"))
+    with pytest.raises(InputError, match="has no checkpoint: they were removed"):
+        measure_progress(tmp_path / "run")
