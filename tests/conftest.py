@@ -4,6 +4,7 @@ import os
 import signal
 
 import annotations
+import pytest
 from hypothesis import settings
 
 # Workers of `pytest -n auto` share the cores: with several threads each they wait for each other.
@@ -14,6 +15,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 settings.register_profile("reproducible", derandomize=True)
 settings.register_profile("explore", derandomize=False, print_blob=True)
 settings.load_profile("reproducible")
+
+
+#: Of the tests over every kind of model, the default run takes these, which differ most; the slow one takes the others.
+QUICK = {"gpt2", "gpt_neox", "llama", "neox", "gemma2", "post", "attn_only"}
 
 
 def pytest_addoption(parser):
@@ -30,3 +35,17 @@ def pytest_sessionstart(session):
     # themselves.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m "not slow" looks
+def pytest_collection_modifyitems(items):
+    from families import FAMILIES
+    from model.zoo import ZOO
+
+    alike = {*FAMILIES, *ZOO} - QUICK
+    for item in items:
+        given = getattr(item, "callspec", None)
+        if given is not None and not alike.isdisjoint(
+            value for value in given.params.values() if isinstance(value, str)
+        ):
+            item.add_marker(pytest.mark.slow)

@@ -230,13 +230,10 @@ def test_completeness_and_minimality_of_a_circuit_run_elsewhere(device):
 
 
 OURS = [info.name for info in available() if info.package == "hooklens"]
-# These take as long as all the others, which include what the demos of some of them call.
-SLOW = {"ablation", "ablation_comparison", "circuit_transfer", "circuits", "composition", "direction_ablation", "heads"}
-SLOW |= {"induction", "input_attribution", "mediation", "probe_geometry", "probe_transfer", "probe_use", "probing"}
-SLOW |= {"prune", "redundancy", "tuned_lens"}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in OURS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OURS)
 def test_every_method_runs_elsewhere(name, tmp_path):
     result = find(name).demo()(there(induction_model()))
     result.table()

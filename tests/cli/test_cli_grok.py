@@ -38,6 +38,7 @@ def findings(done):
     return done.stdout.partition("\nreport")[0]
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_and_the_run_and_its_model_are_analysed(made, tmp_path):
     folder, told = made
     again = invoke("grok", *SMALL, "--runs", folder / "runs", "--out", tmp_path / "a.html", "--json")

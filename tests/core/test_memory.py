@@ -99,6 +99,7 @@ WORK = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", WORK, ids=lambda work: work.__name__)
 def test_what_a_call_returned_is_free_when_it_is_dropped(model, net, work):
     work(model, net)  # what a first call keeps for later ones is no leak

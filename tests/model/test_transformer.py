@@ -269,6 +269,7 @@ def test_forward_mode_works_inside_differentiable_attention_and_its_end_restores
     assert model.blocks[0].attn.fusable(torch.zeros(2, 5, 2, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "post"])
 def test_an_unhooked_forward_compiles_whole(kind):
     if hasattr(HookedTransformer.forward, "__wrapped__"):

@@ -153,6 +153,7 @@ def test_heads_that_moved_within_their_layer_are_found(changes, seed):
     assert found.home.n_seen == found.mapped.n_seen == 4  # the circuit was found on the very pairs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "ablation"), [({"n_heads": 6}, "mean"), ({"n_heads": 6, "n_key_value_heads": 3}, "corrupted")]
 )

@@ -86,6 +86,7 @@ def test_a_circuit_that_is_fed_by_nothing_is_matched_as_it_is():
         random_circuits(graph, graph.mask([]))
 
 
+@pytest.mark.slow
 def test_the_whole_model_is_faithful_and_complete():
     model = tiny_model(dtype=torch.float64)
     found = evaluate_circuit(model, whole_circuit(model), CLEAN, CORRUPTED, diff)

@@ -80,6 +80,7 @@ def models_called(n_models, **shape):
     return called / n_models, p[~p.isnan()]
 
 
+@pytest.mark.slow
 def test_random_models_of_few_heads_seldom_have_a_pair_that_stands_out():
     """With a normal tail a quarter of models of 3 x 6 random heads had a q of 0.05 or less."""
     called, p = models_called(40, n_layers=3, n_heads=6, d_head=8, d_model=48)

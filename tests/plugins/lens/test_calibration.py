@@ -84,6 +84,7 @@ def test_one_that_is_too_sure_or_not_sure_enough_is_not(sharpness, sign):
     assert found.null.max() < low < found.expected_error < high
 
 
+@pytest.mark.slow
 def test_intervals_and_p_values_of_forty_samples_from_the_source():
     """About 95 % of the intervals of loss minus entropy contain its mean, 0; the p-values fill the unit interval."""
     probs = transition()

@@ -44,6 +44,7 @@ def noise_study(kind, structure: str, seed: int, *, n: int = 40, points: int = 1
     return _study(acts, task, kind, make_folds(task.label, group, seed=seed), draws, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "structure"), [(Logistic(), "pure"), (Ridge(), "single"), (Ridge(), "mixed")], ids=str
 )
@@ -96,6 +97,7 @@ def test_transfer_between_labels_that_mean_nothing_has_the_p_values_of_noise():
     assert share(p.diagonal(dim1=1, dim2=2)) <= 0.10 and share(p[:, 0, 1]) <= 0.10 and share(p[:, 1, 0]) <= 0.10
 
 
+@pytest.mark.slow
 def test_angles_between_labels_that_mean_nothing_have_the_p_values_of_noise():
     model = tiny_model(d_vocab=VOCAB)
     found = [

@@ -313,6 +313,7 @@ def test_a_claim_is_not_causal_where_the_family_makes_its_q_large(model):
     assert all(one.causal for one in family(model, many.claims[:1]).claims)  # another family, another q
 
 
+@pytest.mark.slow
 def test_idle_families_hold_causal_claims_in_few_of_many(model):
     generator = torch.Generator().manual_seed(2)
     called = 0
