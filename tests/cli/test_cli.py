@@ -251,6 +251,7 @@ def test_on_a_full_disk_a_report_ends_with_3_and_leaves_no_half_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_heard_enough_ends_it_quietly():
     """As in `hooklens models --json | head -1`: it used to report an unexpected BrokenPipeError."""
     read, write = os.pipe()
@@ -264,6 +265,7 @@ def test_a_reader_that_has_heard_enough_ends_it_quietly():
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="a shell's redirections")
 def test_a_full_standard_error_changes_neither_the_exit_code_nor_raises():
     command = ["sh", "-c", 'exec "$@" 2>/dev/full', "sh", *COMMAND, "generate", "x", "--model", "no/file.gguf"]

@@ -173,6 +173,7 @@ time.sleep(300)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_a_killed_fetch_takes_pip_with_it_and_the_next_one_removes_its_folder(served, tmp_path, monkeypatch):
     """A stand-in for pip says its process id and sleeps; SIGKILL of the process that fetches must end it."""

@@ -128,7 +128,9 @@ SEND, READ = [3, 4, 1], [5, 4, 2]  # one a pair; nothing is new there in the fir
 
 
 @pytest.mark.parametrize("semantics", HELD)
-@pytest.mark.parametrize("name", sorted(QUICK))
+@pytest.mark.parametrize(
+    "name", ["llama", "neox", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma2", "gpt2"))]
+)
 @pytest.mark.parametrize(("send", "read"), [(SEND, torch.tensor(READ)), (-2, None)])
 def test_senders_and_receivers_at_positions_are_the_loop(name, semantics, send, read):
     model = zoo_model(name, dtype=torch.float64)

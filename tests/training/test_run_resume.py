@@ -95,6 +95,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
         train(model(), DATA, steps=1, out=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused_with_the_process_of_the_first(tmp_path):
     code = (
         "import sys\nfrom hooklens.training.run_folder import RunFolder\n"

@@ -135,6 +135,7 @@ def test_in_the_same_model_the_circuit_is_itself(changes, ablation):
     assert found.home.n_seen == found.mapped.n_seen == 0 and (found.n_matched_on, len(found.mapped.per_pair)) == (4, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "seed"), [({"n_layers": 3}, 0), (GROUPED, 1)])
 def test_heads_that_moved_within_their_layer_are_found(changes, seed):
     model = tiny_model(n_heads=4, dtype=torch.float64, **changes)

@@ -158,6 +158,7 @@ def test_what_leaves_the_embedding_adds_up_to_the_whole_difference(name, method)
     assert off[1] < 0.3 * off[0] or off[1] < 1e-9  # the midpoint rule: a quarter of the error at twice the steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "ablation"), [("gpt2", "corrupted"), ("neox", "zero"), ("gemma3", "zero"), ("attn_only", "corrupted")]
 )

@@ -142,6 +142,7 @@ def test_an_edge_s_worth_is_what_cutting_it_and_the_set_says():
     assert bool(sets[:, edges].any()) and not bool(sets[0].any())
 
 
+@pytest.mark.slow
 def test_completeness_searches_nodes_and_forty_sets_and_measures_the_complement():
     """One head of an OR gate: the other edges alone do the task. All the model: nothing is left outside."""
     gate = or_gate()

@@ -66,6 +66,7 @@ def test_a_rotated_score_is_that_of_a_model_with_rotated_weights(positions):
         torch.testing.assert_close(found[kind][1, 1], expected, atol=1e-10, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_models", [12, pytest.param(45, marks=pytest.mark.slow)])
 def test_p_values_of_freshly_initialised_heads_are_uniform(n_models):
     """Four kinds, 8 heads, models of three families: 32 tests a model of a null that is true."""

@@ -82,6 +82,7 @@ def test_a_head_that_looks_but_writes_nothing_stays_unlabelled():
     assert row[1:] == (1, 2, 1, 0, 0, 1)  # one with the score and no effect, none opposite or negligible, one unmatched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_models", [9, pytest.param(24, marks=pytest.mark.slow)])
 def test_freshly_initialised_models_earn_at_most_the_nominal_share_of_labels(n_models):
     families = (

@@ -80,6 +80,7 @@ def entities(n: int = 30, each: int = 8, d: int = 80, seed: int = 0):
     return x, label, torch.arange(n).repeat_interleave(each)
 
 
+@pytest.mark.slow
 def test_where_only_the_entity_tells_grouped_folds_are_at_chance_and_naive_ones_are_not():
     grouped, naive = [], []
     for seed in range(5):

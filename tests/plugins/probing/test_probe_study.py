@@ -275,6 +275,7 @@ def test_points_have_q_values_over_all_of_them():
     assert "no single layer can reach q 0.05: with 39 draws" in probe_report(study).to_html()
 
 
+@pytest.mark.slow
 def test_one_layer_of_thirty_can_reach_a_q_of_a_twentieth_with_the_draws_that_are_taken():
     """With 20 draws a layer the least p was 1/21, and q of one layer alone 30 / 21: nothing said so."""
     acts, task = noise(n=24, points=30)
