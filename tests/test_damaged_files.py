@@ -39,7 +39,7 @@ from hooklens.sweeps import resume
 from hooklens.sweeps.resume import Progressed, Resume
 from hooklens.testing import tiny_model
 
-EACH = 200  # mutations of a format in the default run
+EACH = 50  # mutations of a format in the default run
 Damage = Callable[[bytes, random.Random], bytes]
 
 

@@ -11,6 +11,7 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "examples"
 EXAMPLES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
 PLUGIN = FOLDER / "03_write_your_own_plugin.py"
+QUICK = {"01", "14", "15"}  # the others are slow tests
 
 
 def as_notebook(path):
@@ -60,7 +61,14 @@ def test_there_are_examples_and_they_have_cells():
         assert example.read_text().startswith("# %% [markdown]\n# # ")
 
 
-@pytest.mark.parametrize("example", [path for path in EXAMPLES if path != PLUGIN], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem[:2] not in QUICK))
+        for path in EXAMPLES
+        if path != PLUGIN
+    ],
+)
 def test_an_example_runs_on_a_tiny_model(example, run):
     run(example, as_script, tiny=True)
 

@@ -53,6 +53,7 @@ def test_calls_have_sizes_of_their_own():
     assert len(Pair(torch.zeros(3), torch.zeros(3, dtype=torch.long)).right) == 3
 
 
+@pytest.mark.slow
 def test_the_package_is_imported_with_its_annotations_executed():
     code = """
 import annotations

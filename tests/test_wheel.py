@@ -27,6 +27,7 @@ def files(tmp_path_factory):
     return set(zipfile.ZipFile(wheel).namelist())
 
 
+@pytest.mark.slow
 def test_type_checkers_of_other_projects_read_our_annotations(files):
     assert "hooklens/py.typed" in files
 

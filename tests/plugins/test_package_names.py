@@ -87,6 +87,7 @@ def test_every_package_of_methods_is_pinned_here():
     assert packages - {"algorithmic"} == set(PUBLIC)  # which only holds families
 
 
+@pytest.mark.slow
 def test_no_package_brings_anything_heavy_whichever_comes_first():
     code = """
 import importlib, json, sys

@@ -22,6 +22,7 @@ def studies():
     return study_circuit(model, pairs, edges=16), study_circuit(model, pairs, edges=16, full=True)
 
 
+@pytest.mark.slow
 def test_a_full_study_judges_the_same_circuit_on_the_same_pairs(studies):
     short, full = studies
     assert short.evaluation is None and short.curve is None

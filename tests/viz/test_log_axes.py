@@ -139,6 +139,7 @@ def test_figures_of_other_shapes_are_not_put_on_one_slider():
         viz.slider({})
 
 
+@pytest.mark.slow
 def test_a_slider_works_offline_and_its_words_are_text(tmp_path):
     word = NASTY[0] + NASTY[1]
     report = viz.Report("x").figure(viz.slider({word: maps(1)["1"], "last": maps(1)["1"]}, title=word))
@@ -162,6 +163,7 @@ if (!sessionStorage.getItem("moved")) {
 """
 
 
+@pytest.mark.slow
 def test_a_page_that_reloads_itself_keeps_the_slider_and_the_place(tmp_path):
     report = viz.Report("x").figure(viz.slider(maps(2)))
     for _ in range(40):
@@ -196,6 +198,7 @@ setTimeout(() => {
 """
 
 
+@pytest.mark.slow
 def test_a_slider_could_not_be_moved_with_the_keyboard(tmp_path):
     report = viz.Report("x").figure(viz.slider(maps(3), title="step"))
     page = with_scripts(tmp_path / "a.html", report.to_html(), after=_KEYS)
@@ -215,6 +218,7 @@ setTimeout(() => {
 """
 
 
+@pytest.mark.slow
 def test_a_reload_lost_the_zoom_and_a_step_that_is_no_longer_on_the_slider(tmp_path):
     page = viz.Report("x").figure(viz.slider(maps(3))).to_html()
     seen = with_scripts(tmp_path / "a.html", page, before=_BEFORE, after=_AFTER)

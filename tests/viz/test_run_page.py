@@ -209,6 +209,7 @@ def test_snapshots_of_long_prompts_made_a_page_too_large_to_open():
     assert len(page) - len(Report("x").figure(hl.viz.lines({"a": torch.ones(2)})).to_html()) < 2**21
 
 
+@pytest.mark.slow
 def test_a_watched_page_reloads_itself_until_the_run_ends(tmp_path):
     out, pages = tmp_path / "page.html", []
     go_on, begun = threading.Event(), threading.Event()
@@ -237,6 +238,7 @@ def test_a_watched_page_reloads_itself_until_the_run_ends(tmp_path):
     assert "location.reload()" not in out.read_text() and "24 of 24" in out.read_text()
 
 
+@pytest.mark.slow
 def test_a_watch_that_is_interrupted_leaves_a_page_that_stays(run, tmp_path):
     def interrupt(seconds):
         assert "location.reload()" in (tmp_path / "a.html").read_text()

@@ -212,6 +212,7 @@ def test_a_curve_is_compared_in_its_own_precision():
     assert curve.p == 1.0  # every random circuit is the circuit itself
 
 
+@pytest.mark.slow
 def test_a_circuit_of_one_edge_has_nothing_left_without_it():
     model = tiny_model()
     seen = evaluate_circuit(model, circuit_of(model, ["embed->logits"]), CLEAN, CORRUPTED, diff)

@@ -141,6 +141,7 @@ def test_on_a_linear_model_it_is_edge_attribution(method):
     torch.testing.assert_close(method(model, CLEAN, CORRUPTED, diff, steps=3).scores, plain.scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "name"),
     [

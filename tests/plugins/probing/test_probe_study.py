@@ -143,6 +143,7 @@ def test_nested_right_and_wrong_are_those_of_the_chosen_points():
     torch.testing.assert_close(study.prob.sum(1), torch.ones(120))
 
 
+@pytest.mark.slow
 def test_the_control_task_can_be_memorised_and_selectivity_is_what_is_left():
     """Tokens that come back: a probe with room remembers a random label of each, which is no skill of the model."""
     model = tiny_model(d_vocab=12, d_model=32)
@@ -300,6 +301,7 @@ def test_without_types_that_come_back_there_is_no_control_task():
     assert np.isnan(study.selectivity) and "none recurs" in str(study.table()) and study.figure().data
 
 
+@pytest.mark.slow
 def test_several_classes():
     model = tiny_model(d_vocab=VOCAB, d_model=32)
     tokens = torch.randint(VOCAB, (300, 2), generator=torch.Generator().manual_seed(0))
