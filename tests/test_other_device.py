@@ -183,6 +183,7 @@ VERBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VERBS)
 def test_a_model_elsewhere_takes_arguments_of_the_cpu_and_of_its_own_device(device, name):
     model = there(tiny_model())

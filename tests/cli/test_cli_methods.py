@@ -147,6 +147,7 @@ def test_lines_that_the_model_cannot_use_are_all_told_before_anything_runs(
     assert f"{pairs_file} has {len(told)} of 4 lines that this model cannot use" in done.stderr
 
 
+@pytest.mark.slow
 def test_heads_on_pairs_of_ones_own(model_path, pairs_file, tmp_path):  # noqa: F811
     """There was no such option: random tokens and built-in names only."""
     out = tmp_path / "heads.html"
@@ -221,6 +222,7 @@ def test_a_probe_of_labelled_texts(model_path, tmp_path):  # noqa: F811
     assert told and json.loads(out.with_suffix(".json").read_text())["data"]["class"] == "ProbeStudy"
 
 
+@pytest.mark.slow
 def test_lens_printed_components_only_and_no_word_of_what_they_are(model_path, pairs_file, tmp_path):  # noqa: F811
     """Neither what the numbers are nor what the stream says layer by layer, for which there is a lens."""
     for given in (["When Mary and John went", "--answer", " to"], ["--pairs", pairs_file]):

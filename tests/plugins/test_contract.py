@@ -6,6 +6,7 @@ from hooklens.plugins import PluginInfo, available
 from hooklens.testing import check_plugin, tiny_model
 
 _LONG = {"evaluate_circuit", "transfer_circuit", "measure_direction_ablation", "train_probe"}  # seconds each
+_LONG |= {"check_probe_use", "transfer_probe", "find_direction", "prune_edges", "sweep_coefficients", "study_circuit"}
 PLUGINS = available()
 
 

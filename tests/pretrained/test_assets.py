@@ -76,6 +76,7 @@ def by_hand(served) -> Path:
     return Path(shutil.copy(served, cache_folder()))
 
 
+@pytest.mark.slow
 def test_pip_fetches_verifies_and_leaves_only_the_asset(served, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert cached("toy") is None

@@ -83,6 +83,7 @@ def test_on_two_layers_each_kept_edge_was_worth_the_threshold_when_tried():
 KINDS = [{}, {"block": "parallel"}, {"block": "sandwich"}, {"n_key_value_heads": 2, "attn_only": True}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "ablation"), [(KINDS[0], "mean"), (KINDS[1], "corrupted"), (KINDS[2], "zero"), (KINDS[3], "zero")]
 )

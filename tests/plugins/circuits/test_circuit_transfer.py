@@ -117,6 +117,7 @@ def test_what_a_node_is_worth_is_the_same_by_edges_and_by_patches(changes, ablat
         torch.testing.assert_close(_by_patches(bench, every), slow, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "ablation"), [({}, "mean"), (GROUPED, "corrupted"), ({"block": "sandwich"}, "zero")]
 )
@@ -196,6 +197,7 @@ def test_a_random_model_has_no_induction_circuit(seed):
     assert found.matching.same_label == 0 and found.matching.labelled == 2
 
 
+@pytest.mark.slow
 def test_the_result_draws_reports_and_loads_back(tmp_path):
     small, big = induction_model(), larger({"L0H0": "L0H1", "L1H1": "L1H2"}, n_heads=3)
     labels = quick(small), quick(big)

@@ -102,6 +102,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_metric", [True, False], ids=["reads", "whole logits"])
 @pytest.mark.parametrize("name", KINDS)
 def test_edits_are_those_of_a_hooked_run_of_each_prompt(name, by_metric):

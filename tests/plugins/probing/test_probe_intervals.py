@@ -45,6 +45,7 @@ def accuracy_interval(n: int, gap: float, kind, seed: int) -> tuple[float, float
     return float(balanced(right, label)), float(low), float(high)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n, gap, kind", [(80, 0.0, Ridge()), (80, 2.0, MassMean()), (20, 4.0, Ridge())], ids=str)
 def test_intervals_of_accuracy_cover_as_often_as_they_say(n, gap, kind):
     """With the fits held they covered 0.82 to 0.92; near 1, where all examples of a data set may be right, 0.48."""

@@ -49,6 +49,7 @@ def classes(k: int, seed: int = 0):
     return means[label] + noise + 7, label
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [2, 3])
 @pytest.mark.parametrize("name", PEERS)
 def test_scores_are_those_of_scikit_learn(name, k):
