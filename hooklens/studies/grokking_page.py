@@ -6,7 +6,7 @@ from typing import Any
 from hooklens.core.arguments import several
 from hooklens.core.errors import InputError, WrongType
 from hooklens.results.result import Table
-from hooklens.studies.grokking_study import PUBLISHED, GrokkingStudy, cell
+from hooklens.studies.grokking_study import PUBLISHED, CircuitReadings, GrokkingStudy, cell
 
 _SETTING = (
     "One layer reads 'a b =' and is trained on a part of the table of a + b modulo p; other pairs are held out. A "
@@ -125,7 +125,15 @@ def grokking_report(studies: GrokkingStudy | Sequence[GrokkingStudy]) -> Any:
 
 def _parts(report: Any, study: GrokkingStudy) -> None:
     """The pictures and tables of one study."""
-    circuit = study.circuit
+    _run(report, study)
+    _circuit(report, study.circuit)
+    _table_of_pairs(report, study)
+    report.heading("Costs")
+    report.table(study.costs.table(), "What a prompt costs, and the accuracy on unseen pairs.", study.costs.terms)
+
+
+def _run(report: Any, study: GrokkingStudy) -> None:
+    """When it grokked, and what its losses and its norm did; nothing for a model without a run."""
     if study.grokking is not None:
         report.heading("The run")
         report.figure(
@@ -144,6 +152,10 @@ def _parts(report: Any, study: GrokkingStudy) -> None:
     if study.norms is not None:
         report.figure(study.norms.figure(), "The window between the dashed lines is the rise of the held-out accuracy.")
         report.table(study.norms.table(), study.norms.statement, study.norms.terms)
+
+
+def _circuit(report: Any, circuit: CircuitReadings) -> None:
+    """What the last model does, read from weights and logits and by interventions."""
     report.heading("The circuit")
     report.figure(
         circuit.spectrum.figure(), "Numbers are embedded as waves of few frequencies if few components are large."
@@ -171,6 +183,10 @@ def _parts(report: Any, study: GrokkingStudy) -> None:
     for caption, part in shown.items():
         if part is not None:
             report.figure(part.figure(), caption)
+
+
+def _table_of_pairs(report: Any, study: GrokkingStudy) -> None:
+    """Where in the table the answers are right."""
     caption = (
         "All unseen pairs, after the last step. Intervals as if pairs were independent, which those of a model are not."
     )
@@ -182,8 +198,6 @@ def _parts(report: Any, study: GrokkingStudy) -> None:
         caption = f"The same after step {study.halfway_step:,}, at a held-out accuracy of {accuracy:.2f}."
         report.figure(study.halfway.figure(), caption)
         report.table(study.halfway.table(), "The regions of this table.", study.halfway.terms)
-    report.heading("Costs")
-    report.table(study.costs.table(), "What a prompt costs, and the accuracy on unseen pairs.", study.costs.terms)
 
 
 def _verdicts(studies: Sequence[GrokkingStudy]) -> str:

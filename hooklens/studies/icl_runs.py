@@ -12,6 +12,7 @@ from hooklens.core.errors import WrongType, did_you_mean
 from hooklens.data.regression import InContextRegression, in_context_regression
 from hooklens.model.config import Biases, HookedTransformerConfig, NormalInit, VectorEmbed
 from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.algorithmic.task_of_run import kept_checkpoints
 from hooklens.pretrained.loading import computing_device
 from hooklens.studies.icl_study import ICLStudy, study_in_context
 from hooklens.training.loop import train
@@ -195,7 +196,7 @@ def study_runs(
     if not isinstance(runs, Mapping):
         raise WrongType(f"study_runs takes runs by name, as train_planned returns them; got {runs!r:.60}")
     opened = {name: run if isinstance(run, Run) else open_run(run) for name, run in runs.items()}
-    models = {name: run.checkpoints()[-1].load(device=device) for name, run in opened.items()}
+    models = {name: kept_checkpoints(run)[-1].load(device=device) for name, run in opened.items()}
     model = models.pop(FIXED_RUN, None)
     fixed = None if model is None else (model, in_context_regression(D, FIXED))
     data = in_context_regression(D, (SHORTEST, LONGEST), inputs="normal")

@@ -217,3 +217,7 @@ def test_runs_are_studied_from_their_folders(tmp_path):
     assert (
         study.errors.models == ["softmax"] and int(study.fixed.lengths[0]) == 10 and OWN_STEP in study.errors.learners
     )
+    for checkpoint in runs["softmax"].checkpoints():
+        checkpoint.path.unlink()
+    with refused(HooklensError, "has no checkpoint: they were removed"):
+        study_runs(runs)

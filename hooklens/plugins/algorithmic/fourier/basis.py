@@ -206,8 +206,7 @@ def checked_frequencies(frequencies: Any, p: int) -> list[int]:
     ...
     hooklens.core.errors.ArgumentError: frequencies are whole numbers from 1 to p // 2 = 3 for p = 7, got [9, 2, 2]
     """
-    listed = several("frequencies", frequencies.tolist() if isinstance(frequencies, Tensor) else frequencies)
-    given = [f.item() if isinstance(f, Tensor) and f.ndim == 0 else f for f in listed]
+    given = [f.item() if isinstance(f, Tensor) and f.ndim == 0 else f for f in several("frequencies", frequencies)]
     whole_numbers = all(isinstance(f, Integral) and not isinstance(f, bool) for f in given)
     if not whole_numbers or not all(1 <= f <= p // 2 for f in given):
         raise ArgumentError(
