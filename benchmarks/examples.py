@@ -21,10 +21,13 @@ FOLDER = Path(__file__).parents[1] / "examples"
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--keep", type=Path, help="a folder for what the examples print and draw")
+    options.add_argument("--only", nargs="+", help="numbers of examples, such as 14 15; by default all")
     chosen = options.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for example in sorted(FOLDER.glob("[0-9]*.py")):
+            if chosen.only and example.stem.partition("_")[0] not in chosen.only:
+                continue
             rows.append(timed(example, (chosen.keep or Path(scratch)) / example.stem))
             print(rows[-1], flush=True)
     write("examples", "The examples at full size", rows, {"rows": rows})
